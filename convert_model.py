@@ -1,0 +1,27 @@
+"""Turn a GGUF file or a Hugging Face folder of a Llama into Meta's format, tokenizer included.
+
+python convert_model.py --from model.gguf --out_dir ckpts/NAME
+"""
+
+from llama import parallel
+from llama.checkpoint import parse_dtype, write_checkpoint
+from llama.hf import open_any
+
+
+def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None:
+    """Turn a GGUF file or a Hugging Face folder of a Llama into Meta's format.
+
+    Args:
+        from_: spelled --from on the command line: a .gguf file, or a folder with config.json and safetensors.
+        out_dir: folder to write; it receives the tokenizer too.
+        n: how many shards to write.
+        dtype: float32, bfloat16 or float16; by default what the source holds (quantised: float32).
+    """
+    wanted = parse_dtype(dtype)
+    write_checkpoint(open_any(from_), out_dir, n, wanted)
+    print(f"{out_dir}: {n} shards. Cut it for several cards: python split_model.py "
+          f"--ckpt_dir {out_dir} --n 2")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parallel.run(main)

@@ -1,0 +1,418 @@
+"""What a checkpoint folder is: the shard table; open, check, cut, merge and write."""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from llama import parallel
+from llama.model import ModelArgs
+
+# Dimension of the PyTorch weight (out_features, in_features) that is cut; None: every shard holds
+# the whole. A name whose role is not here is an error, never a copy.
+SHARD_DIMS = {
+    "tok_embeddings": 1,
+    "attention.wq": 0,
+    "attention.wk": 0,
+    "attention.wv": 0,
+    "attention.wo": 1,
+    "feed_forward.w1": 0,
+    "feed_forward.w2": 1,
+    "feed_forward.w3": 0,
+    "attention_norm": None,
+    "ffn_norm": None,
+    "norm": None,
+    "output": 0,
+}
+SURPLUS = "rope.freqs"  # in some of Meta's files; recomputed, so not read
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class Source:
+    """A checkpoint of any format, read one full weight at a time."""
+
+    params: dict  # as in Meta's params.json
+    shapes: dict[str, tuple[int, ...]]  # full shape of each weight, by Meta's names
+    dtype: torch.dtype
+    read: Callable[[str], torch.Tensor]
+    files: dict[str, bytes] = field(default_factory=dict)  # for the folder beside: the tokenizer
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of a --dtype argument; None stays None (what the checkpoint holds)."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return DTYPES.get(name)
+
+
+def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Full shape of every weight of a model, by Meta's names."""
+    kv_dim = args.n_kv_heads * args.head_dim
+    layer = {
+        "attention.wq": (args.dim, args.dim),
+        "attention.wk": (kv_dim, args.dim),
+        "attention.wv": (kv_dim, args.dim),
+        "attention.wo": (args.dim, args.dim),
+        "feed_forward.w1": (args.hidden_dim, args.dim),
+        "feed_forward.w2": (args.dim, args.hidden_dim),
+        "feed_forward.w3": (args.hidden_dim, args.dim),
+        "attention_norm": (args.dim,),
+        "ffn_norm": (args.dim,),
+    }
+    shapes = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        shapes |= {f"layers.{i}.{role}.weight": shape for role, shape in layer.items()}
+    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
+
+
+def role(name: str) -> str:
+    """What a weight does in its layer: layers.3.attention.wq.weight -> attention.wq."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[2:] if parts[0] == "layers" else parts)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one weight lies in n shards: cut on dim into pieces; shard r holds r * pieces // n."""
+
+    dim: int  # 0 where the one piece is the whole
+    pieces: int
+    n: int
+
+    def piece_of(self, shard: int) -> int:
+        return shard * self.pieces // self.n
+
+    def first_shard_with(self, piece: int) -> int:
+        return piece * self.n // self.pieces
+
+    def shape(self, full: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a piece."""
+        return tuple(size // self.pieces if i == self.dim else size for i, size in enumerate(full))
+
+
+def cut_of(name: str, args: ModelArgs, n: int) -> Cut:
+    """How our shards cut the weight. Below one KV head a shard, neighbours hold the same one."""
+    dim = SHARD_DIMS[role(name)]
+    if dim is None:
+        return Cut(0, 1, n)
+    if role(name) in ("attention.wk", "attention.wv"):
+        return Cut(dim, min(n, args.n_kv_heads), n)
+    return Cut(dim, n, n)
+
+
+def check_shard_count(args: ModelArgs, n: int, what: str) -> None:
+    """Raise ValueError, with the counts that would do, when the model cannot be cut into n."""
+    valid = args.valid_shard_counts()
+    if n not in valid:
+        raise ValueError(
+            f"{what} does not cut into {n} shards: n must divide n_heads {args.n_heads}, "
+            f"vocab_size {args.vocab_size}, FFN size {args.hidden_dim} and dim {args.dim}, and "
+            f"divide n_kv_heads {args.n_kv_heads} or be a multiple of it. "
+            f"Valid n: {', '.join(map(str, valid))}"
+        )
+
+
+class Checkpoint:
+    """A folder in Meta's format: params.json and one file a shard, opened without reading them.
+
+    Shards are mapped into memory when first touched, and checked against params.json.
+    Raises FileNotFoundError and ValueError, naming the path, for whatever is not such a folder.
+    """
+
+    def __init__(self, ckpt_dir: str | Path) -> None:
+        self.dir = Path(ckpt_dir)
+        self.params = _read_params(self.dir)
+        self.paths = _find_shards(self.dir)
+        self.n = len(self.paths)
+        self._shards: dict[int, dict[str, torch.Tensor]] = {}
+        first = open_shard(self.paths[0])
+        self.args = self._model_args(first)
+        self.shapes = weight_shapes(self.args)
+        self.dtype = first["output.weight"].dtype
+        # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
+        by_vocab = (self.args.vocab_size // self.n, self.args.dim)
+        self._embedding_dim = int(tuple(first["tok_embeddings.weight"].shape) != by_vocab)
+        self._shards[0] = self._checked(0, first)
+
+    def _model_args(self, shard: dict[str, torch.Tensor]) -> ModelArgs:
+        where = self.dir / "params.json"
+        try:
+            args = ModelArgs.from_params(self.params)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        # Before anything is laid out by these numbers, the file must be of their order.
+        if args.n_layers > len(shard):
+            raise ValueError(
+                f"{where}: n_layers is {args.n_layers}, but {self.paths[0]} holds only "
+                f"{len(shard)} weights"
+            )
+        for name in ("tok_embeddings.weight", "output.weight"):
+            if name not in shard or shard[name].dim() != 2:
+                raise ValueError(f"{self.paths[0]}: no matrix {name} in it")
+        if args.vocab_size == -1:
+            args.vocab_size = shard["output.weight"].shape[0] * self.n
+        return args
+
+    def cut(self, name: str) -> Cut:
+        """How the weight lies in this folder's shards."""
+        cut = cut_of(name, self.args, self.n)
+        if name == "tok_embeddings.weight":
+            return Cut(self._embedding_dim, cut.pieces, cut.n)
+        return cut
+
+    def shard(self, i: int) -> dict[str, torch.Tensor]:
+        """The mapped weights of shard i, names, shapes and dtypes checked."""
+        if i not in self._shards:
+            self._shards[i] = self._checked(i, open_shard(self.paths[i]))
+        return self._shards[i]
+
+    def _checked(self, i: int, shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        path = self.paths[i]
+        shard.pop(SURPLUS, None)
+        missing, unknown = self.shapes.keys() - shard.keys(), shard.keys() - self.shapes.keys()
+        if missing or unknown:
+            raise ValueError(
+                f"{path}: "
+                + "; ".join(
+                    f"{what} {_few(names)}"
+                    for what, names in (("missing weights", missing), ("unknown", unknown))
+                    if names
+                )
+                + f" (params.json says {self.args.n_layers} layers)"
+            )
+        for name, full in self.shapes.items():
+            weight, cut = shard[name], self.cut(name)
+            divisible = full[cut.dim] % cut.pieces == 0
+            if not divisible or tuple(weight.shape) != cut.shape(full):
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(weight.shape)}, but params.json wants "
+                    f"{full} in all, {cut.shape(full)} in each of {self.n} shards; is params.json "
+                    "another model's, or a shard missing?"
+                )
+            if weight.dtype not in DTYPES.values():
+                raise ValueError(
+                    f"{path}: {name} is {weight.dtype}, not one of {', '.join(DTYPES)}"
+                )
+        return shard
+
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start to stop of the full weight.
+
+        A view of the mapped file where one shard holds them all, else a copy of just that range.
+        """
+        stop = self.shapes[name][dim] if stop is None else stop
+        cut = self.cut(name)
+        size = self.shapes[name][cut.dim] // cut.pieces
+        parts = []
+        for piece in range(cut.pieces):
+            low, high = (start, stop) if cut.dim != dim else (
+                max(start - piece * size, 0), min(stop - piece * size, size)
+            )  # fmt: skip
+            if low < high:
+                weight = self.shard(cut.first_shard_with(piece))[name]
+                parts.append(weight.narrow(dim, low, high - low))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, cut.dim)
+
+    def slice(self, name: str, rank: int, n: int) -> torch.Tensor:
+        """What rank of n ranks holds of the weight, contiguous."""
+        cut = cut_of(name, self.args, n)
+        size = self.shapes[name][cut.dim] // cut.pieces
+        start = cut.piece_of(rank) * size
+        return self.read(name, cut.dim, start, start + size).contiguous()
+
+    def source(self) -> Source:
+        """This checkpoint as something to write anew, its tokenizer files along with it."""
+        files = {
+            path.name: path.read_bytes() for path in self.dir.glob("tokenizer*") if path.is_file()
+        }
+        params = self.params | {"vocab_size": self.args.vocab_size}
+        return Source(params, self.shapes, self.dtype, self.read, files)
+
+
+def _few(names: set[str], most: int = 4) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _read_params(ckpt_dir: Path) -> dict:
+    path = ckpt_dir / "params.json"
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"{ckpt_dir}: no such checkpoint folder; see ckpts/README.md")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format. A Hugging Face "
+            f"folder or GGUF file becomes one by: python convert_model.py --from PATH --out_dir DIR"
+        )
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise ValueError("longer than a megabyte")
+        params = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(params, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from None
+    return params
+
+
+def _find_shards(ckpt_dir: Path) -> list[Path]:
+    found = {
+        prefix: sorted(ckpt_dir.glob(prefix + ".*.pth"))
+        for prefix in ("consolidated", "fs_consolidated")
+    }
+    if not any(found.values()):
+        raise FileNotFoundError(
+            f"{ckpt_dir}: no shards in it (consolidated.*.pth or fs_consolidated.*.pth)"
+        )
+    if all(found.values()):
+        raise ValueError(
+            f"{ckpt_dir}: holds both consolidated.*.pth and fs_consolidated.*.pth; "
+            "move one of the two sets into a folder of its own, with a copy of params.json"
+        )
+    prefix, paths = next((item for item in found.items() if item[1]))
+    expected = [ckpt_dir / f"{prefix}.{i:02d}.pth" for i in range(len(paths))]
+    if paths != expected:
+        absent = next(path for path in expected if path not in paths)
+        raise ValueError(f"{absent}: missing, though {paths[-1].name} is there")
+    return paths
+
+
+def open_shard(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one .pth file, mapped into memory; no code in the file can run.
+
+    Files of torch's old, non-zip format cannot be mapped and are read whole.
+    """
+    try:
+        with path.open("rb") as file:
+            mappable = file.read(4) == b"PK\x03\x04"
+        if mappable:
+            _check_archive(path)
+        else:
+            parallel.say(
+                f"{path}: an old format that cannot be mapped, so it takes its size in memory"
+            )
+        shard = torch.load(str(path), map_location="cpu", mmap=mappable, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: unreadable ({error})") from None
+    except Exception as error:  # torch raises whatever the bytes provoke
+        if "weights_only" in str(error):
+            reason = "it holds more than tensors, and loading that could run code"
+        else:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint, or damaged: {reason}") from None
+    plain = isinstance(shard, dict) and all(
+        isinstance(name, str) and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        for name, weight in shard.items()
+    )
+    if not plain:
+        raise ValueError(f"{path}: not a checkpoint: it should be a dict of names and tensors")
+    shard = {name: weight.detach() for name, weight in shard.items()}
+    # A tensor can claim more elements than it has bytes (stride 0): nothing may be sized by it.
+    claimed = sum(weight.numel() * weight.element_size() for weight in shard.values())
+    if claimed > path.stat().st_size or any(w.layout != torch.strided for w in shard.values()):
+        raise ValueError(f"{path}: damaged: its tensors claim more bytes than the file has")
+    return shard
+
+
+def _check_archive(path: Path) -> None:
+    """Mapping trusts the archive's directory: see that each record lies in the file, stored plain."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"record {record.filename} is compressed")
+            if record.header_offset + record.file_size > size:
+                raise ValueError(f"record {record.filename} reaches past the end of the file")
+
+
+def write_checkpoint(
+    source: Source, out_dir: str | Path, n: int = 1, dtype: torch.dtype | None = None
+) -> None:
+    """Write source as a folder of n shards, which appears whole or not at all.
+
+    At no time is more than one weight in memory: shards are laid out on disk and filled through
+    memory maps. Raises ValueError for an n that does not divide or a folder in use, OSError for a
+    disk that cannot take it.
+    """
+    out_dir, dtype = Path(out_dir), dtype or source.dtype
+    args = ModelArgs.from_params(source.params)
+    check_shard_count(args, n, str(out_dir))
+    cuts = {name: cut_of(name, args, n) for name in source.shapes}
+    shapes = {name: cut.shape(source.shapes[name]) for name, cut in cuts.items()}
+    with _new_folder(out_dir) as folder:
+        shards = _lay_out(folder, shapes, n, dtype)
+        for name in tqdm(source.shapes, unit=" weights", disable=not parallel.show_bars()):
+            weight = source.read(name).to(dtype)
+            for shard, pieces in enumerate(shards):
+                cut = cuts[name]
+                size = shapes[name][cut.dim]
+                pieces[name].copy_(weight.narrow(cut.dim, cut.piece_of(shard) * size, size))
+        del shards
+        for name, content in source.files.items():
+            (folder / name).write_bytes(content)
+        (folder / "params.json").write_text(json.dumps(source.params, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _new_folder(out_dir: Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name, renamed to out_dir when all in it is on disk."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir}: already there and not empty; remove it or choose another")
+    folder = out_dir.parent / f".{out_dir.name}.partial"
+    if folder.exists():  # of a run that was killed
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in [*folder.iterdir(), folder]:
+            _fsync(path)
+        folder.rename(out_dir)
+        _fsync(out_dir.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lay_out(
+    folder: Path, shapes: dict[str, tuple[int, ...]], n: int, dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """n shard files of empty weights with their disk space taken; writing to a tensor writes its file."""
+    needed = n * sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder.parent}: {needed:,} bytes needed, but only {free:,} are free")
+    shards = []
+    for i in range(n):
+        path = str(folder / f"fs_consolidated.{i:02d}.pth")
+        # Never touched, so these take address space but no memory.
+        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        with torch.serialization.skip_data():
+            torch.save(empty, path)
+        # A disk that fills up under a shared mapping would kill the process: take the space now.
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            shards.append(torch.load(path, mmap=True, weights_only=True))
+    return shards

@@ -1,0 +1,19 @@
+"""Install the llama package: pip install -e ."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="LLaMA split across several small accelerators: generation and prompt tuning",
+    license="GPL-3.0-only",
+    packages=["llama"],  # named: find_packages() would take datasets/ for one
+    python_requires=">=3.10",
+    install_requires=[
+        line
+        for line in Path(__file__).with_name("requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ],
+)

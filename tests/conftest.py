@@ -1,0 +1,144 @@
+"""Tiny random models, tokenizers for them, and torchrun, for all tests."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from llama.checkpoint import Source, weight_shapes, write_checkpoint
+from llama.model import ModelArgs
+
+REPO = Path(__file__).parent.parent
+# One thread a rank: the ranks of a test share few cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def package_file(package: str, name: str) -> Path:
+    """A data file of a package that is installed for its data alone."""
+    return Path(importlib.util.find_spec(package).origin).parent / name
+
+
+TOKENIZERS = {  # name -> path of a real tokenizer and its vocabulary size
+    "sentencepiece": (package_file("mistral_common", "data/tokenizer.model.v1"), 32000),
+    "tiktoken": (package_file("llama_models", "llama3/tokenizer.model"), 128256),
+}
+
+
+def make_params(**changes) -> dict:
+    """params.json of a tiny model: 2 layers, 8 heads."""
+    params = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 32000, "multiple_of": 16}
+    return params | {"norm_eps": 1e-5} | changes
+
+
+def random_source(params: dict, dtype: torch.dtype = torch.float32, seed: int = 0) -> Source:
+    """Random weights with std 0.5, large enough that a wrong result cannot pass for a right one."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = weight_shapes(ModelArgs.from_params(params))
+    weights = {
+        name: (torch.randn(shape, generator=generator) * 0.5 + (len(shape) == 1)).to(dtype)
+        for name, shape in shapes.items()
+    }
+    return Source(params, shapes, dtype, weights.__getitem__)
+
+
+def make_ckpt(path: Path, n: int = 1, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A checkpoint folder of a tiny random model in n shards."""
+    write_checkpoint(random_source(make_params(**changes), dtype), path, n)
+    return path
+
+
+def hf_model(source: Source) -> transformers.LlamaForCausalLM:
+    """The same weights in Hugging Face's own class, as an independent reference."""
+    args = ModelArgs.from_params(source.params)
+    scaling = {"rope_type": "default"}
+    if args.use_scaled_rope:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": args.rope_high_freq_factor,
+            "original_max_position_embeddings": 8192,
+        }
+    config = transformers.LlamaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        vocab_size=args.vocab_size,
+        intermediate_size=args.hidden_dim,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_theta": args.rope_theta} | scaling,
+        max_position_embeddings=131072,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "tok_embeddings": "model.embed_tokens",
+        "norm": "model.norm",
+        "output": "lm_head",
+    }
+    state = {}
+    for name in source.shapes:
+        weight = source.read(name)
+        layer, role = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
+        if role in ("attention.wq", "attention.wk"):
+            # rows of a head: neighbours (2i, 2i+1) here, halves (i, i + head_dim/2) there
+            heads = weight.unflatten(0, (-1, args.head_dim))
+            weight = torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).flatten(0, 1)
+        state[f"{f'model.{layer}' if layer else ''}{names[role]}.weight"] = weight
+    model = transformers.LlamaForCausalLM(config).to(source.dtype)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def run_script(
+    script: str, *flags: str, n: int | None = None, timeout: float = 120, **options
+) -> subprocess.CompletedProcess:
+    """Run one of the repository's scripts as a user does: plain, or with torchrun over n ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+    if n is not None:
+        torchrun += [
+            "--master_port",
+            "0",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+        ]
+    command = (torchrun if n is not None else [sys.executable]) + [script, *map(str, flags)]
+    return subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=timeout, **options
+    )
+
+
+@pytest.fixture
+def on_ranks(tmp_path):
+    """Run a piece of Python on n torchrun ranks; it may print JSON from rank 0, which is returned."""
+
+    def run(n: int, code: str, **values) -> object:
+        script = tmp_path / f"ranks_{n}.py"
+        given = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+        script.write_text(f"from pathlib import PosixPath\n{given}\n{code}\n")
+        result = run_script(str(script), n=n, env=os.environ | {"PYTHONPATH": str(REPO)})
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout) if result.stdout.strip() else None
+
+    return run

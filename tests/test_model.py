@@ -1,0 +1,171 @@
+"""Transformer against Hugging Face's LlamaForCausalLM, on one rank and on several."""
+
+import pytest
+import torch
+from conftest import hf_model, make_ckpt, make_params, random_source
+
+from llama import parallel
+from llama.checkpoint import Checkpoint
+from llama.generation import load_model
+from llama.model import KVCache, ModelArgs
+
+SHAPES = {
+    "heads = kv heads": {"n_kv_heads": 8},
+    "heads = 4 kv heads": {"n_kv_heads": 2},
+    "one kv head": {"n_kv_heads": 1},
+    "scaled rope": {"n_kv_heads": 2, "use_scaled_rope": True, "rope_theta": 500000.0},
+}
+
+
+def build(tmp_path, **changes):
+    changes = {"vocab_size": 512} | changes
+    ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", **changes))
+    reference = hf_model(random_source(make_params(**changes)))
+    return load_model(ckpt, parallel.setup()), reference
+
+
+def token_ids(bsz, seqlen, vocab_size=512):
+    return torch.randint(vocab_size, (bsz, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@torch.inference_mode()
+def test_logits_equal_hugging_face(tmp_path, changes):
+    model, reference = build(tmp_path, **changes)
+    ids = token_ids(2, 40)
+    logits = model(ids)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, reference(ids).logits, atol=1e-3, rtol=0)
+
+
+@torch.inference_mode()
+def test_padding_left_or_right_changes_no_real_position(tmp_path):
+    model, reference = build(tmp_path, n_kv_heads=2)
+    ids, mask = token_ids(3, 30), torch.ones(3, 30, dtype=torch.long)
+    mask[0, :9] = 0
+    mask[1, 21:] = 0
+    expected = reference(ids, attention_mask=mask).logits
+    for given, rows in ((mask, slice(None)), (mask[1:], slice(1, None))):  # with and without left
+        logits = model(ids[rows], attention_mask=given)
+        assert logits.isfinite().all()
+        seen = given.bool()
+        torch.testing.assert_close(logits[seen], expected[rows][seen], atol=1e-3, rtol=0)
+
+
+@torch.inference_mode()
+def test_cached_decoding_equals_full_pass_at_every_position(tmp_path):
+    model, _ = build(tmp_path, n_kv_heads=2)
+    ids = token_ids(3, 24)
+    full = model(ids)
+    cache = KVCache(model, bsz=3, max_len=24)
+    starts = [5, 5, 5]
+    cached = [model.hidden_states(ids[:, :5], cache=cache, start_pos=[0] * 3)]
+    cached.append(model.hidden_states(ids[:, 5:9], cache=cache, start_pos=starts))  # a chunk
+    for position in range(9, 24):
+        step = ids[:, position : position + 1]
+        cached.append(model.hidden_states(step, cache=cache, start_pos=[position] * 3))
+    torch.testing.assert_close(model.gather_logits(torch.cat(cached, 1)), full, atol=1e-3, rtol=0)
+
+
+def test_building_and_loading_copy_no_weight(tmp_path):
+    model, _ = build(tmp_path)
+    shard = Checkpoint(tmp_path / "ckpt").shard(0)
+    assert shard.keys() == model.state_dict().keys()
+    with (tmp_path / "ckpt" / "fs_consolidated.00.pth").open("rb") as file:
+        size = len(file.read())
+    for name, weight in model.state_dict().items():
+        # one mapping of the whole file lies behind each weight
+        assert weight.untyped_storage().nbytes() <= size, name
+        assert not weight.requires_grad, name
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if "fs_consolidated" in line}
+    assert str(tmp_path / "ckpt" / "fs_consolidated.00.pth") in mapped
+
+
+RANK_CODE = """
+import json, torch
+from llama import parallel
+from llama.checkpoint import Checkpoint
+from llama.generation import load_model
+model = load_model(Checkpoint(ckpt_dir), parallel.setup())
+ids = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(1))
+with torch.inference_mode():
+    logits = model(ids)
+same = parallel.gather_objects(logits.double().sum().item())
+assert len(set(same)) == 1, same
+if parallel.rank() == 0:
+    print(json.dumps(logits.tolist()))
+"""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n_kv_heads", [8, 2])  # with n = 4, each KV head is on two ranks
+def test_ranks_give_the_logits_of_hugging_face(tmp_path, on_ranks, n, n_kv_heads):
+    changes = {"vocab_size": 512, "n_kv_heads": n_kv_heads}
+    ckpt_dir = str(make_ckpt(tmp_path / "ckpt", n=n, **changes))
+    logits = torch.tensor(on_ranks(n, RANK_CODE, ckpt_dir=ckpt_dir))
+    expected = hf_model(random_source(make_params(**changes)))(token_ids(2, 40)).logits
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+
+
+COUNT_CODE = """
+import json, torch
+import torch.distributed as dist
+from llama import parallel
+from llama.checkpoint import Checkpoint
+from llama.generation import choose, load_model
+from llama.model import KVCache
+calls = []
+for name in ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "gather", "reduce"):
+    def counted(*args, _real=getattr(dist, name), _name=name, **kwargs):
+        calls.append(_name)
+        return _real(*args, **kwargs)
+    setattr(dist, name, counted)
+device = parallel.setup()
+model = load_model(Checkpoint(ckpt_dir), device)
+cache = KVCache(model, 1, 8)
+calls.clear()
+with torch.inference_mode():
+    h = model.hidden_states(torch.tensor([[3]]), cache=cache, start_pos=[0])
+    choose(model.gather_logits(h[:, -1]), 0, 1.0, torch.Generator())
+if parallel.rank() == 0:
+    print(json.dumps(calls))
+"""
+
+
+def test_one_step_takes_two_collectives_a_layer_and_three_more(tmp_path, on_ranks):
+    ckpt_dir = str(make_ckpt(tmp_path / "ckpt", n=2, vocab_size=512))
+    calls = on_ranks(2, COUNT_CODE, ckpt_dir=ckpt_dir)
+    expected = ["all_gather"] + ["all_reduce"] * 2 * 2 + ["all_gather", "broadcast"]
+    assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"dim": 0}, "dim"),
+        ({"dim": "64"}, "dim"),
+        ({"n_heads": 7}, "n_heads 7"),
+        ({"n_kv_heads": 3}, "n_kv_heads 3"),
+        ({"n_layers": -1}, "n_layers"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope"),
+        ({"multiple_of": 0}, "multiple_of"),
+    ],
+)
+def test_impossible_arguments_are_named(changes, word):
+    with pytest.raises(ValueError, match=word):
+        ModelArgs.from_params(make_params(**changes))
+
+
+@pytest.mark.parametrize(
+    ("params", "hidden"),
+    [  # FFN sizes of published models
+        ({"dim": 4096, "n_heads": 32, "multiple_of": 256}, 11008),  # Llama 1 and 2, 7B
+        ({"dim": 5120, "n_heads": 40, "multiple_of": 256}, 13824),  # 13B
+        ({"dim": 8192, "n_heads": 64, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
+        ({"dim": 4096, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}, 14336),
+    ],
+)
+def test_ffn_size_of_published_models(params, hidden):
+    assert ModelArgs.from_params(params).hidden_dim == hidden
