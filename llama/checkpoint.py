@@ -283,7 +283,7 @@ def _find_shards(ckpt_dir: Path) -> list[Path]:
             f"{ckpt_dir}: holds both consolidated.*.pth and fs_consolidated.*.pth; "
             "move one of the two sets into a folder of its own, with a copy of params.json"
         )
-    prefix, paths = next((item for item in found.items() if item[1]))
+    prefix, paths = next(item for item in found.items() if item[1])
     expected = [ckpt_dir / f"{prefix}.{i:02d}.pth" for i in range(len(paths))]
     if paths != expected:
         absent = next(path for path in expected if path not in paths)

@@ -1,6 +1,6 @@
 """LLaMA: a model, its tokenizer, and text from them over all ranks of a run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 

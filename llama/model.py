@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as mpu
 from fairscale.nn.model_parallel import layers as fairscale_layers
@@ -124,6 +125,14 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.input_is_parallel, self.bias = True, None
         self.weight = _unallocated(out_features, in_features // mpu.get_model_parallel_world_size())
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        output = F.linear(x, self.weight)  # without autograd's bookkeeping, which a token feels
+        if mpu.get_model_parallel_world_size() > 1:
+            dist.all_reduce(output, group=mpu.get_model_parallel_group())
+        return output
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich, 2019)."""
@@ -142,7 +151,8 @@ def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> list[torc
 
     fairscale's forward all-reduces the input's gradient once a layer; here one serves them all.
     """
-    x = copy_to_model_parallel_region(x)
+    if torch.is_grad_enabled():
+        x = copy_to_model_parallel_region(x)
     return [F.linear(x, layer.weight) for layer in layers]
 
 
@@ -193,14 +203,14 @@ class Attention(nn.Module):
         self, x: torch.Tensor, span: "Span", cached: torch.Tensor | None = None
     ) -> torch.Tensor:
         xq, xk, xv = (
-            y.unflatten(-1, (-1, self.head_dim))  # (bsz, seqlen, n_local_heads, head_dim)
+            y.view(span.bsz, -1, y.shape[-1] // self.head_dim, self.head_dim)
             for y in column_parallel(x, self.wq, self.wk, self.wv)
-        )
+        )  # (bsz, seqlen, n_local_heads, head_dim)
         xq, xk = apply_rotary_emb(xq, span.freqs_cis), apply_rotary_emb(xk, span.freqs_cis)
         if cached is not None:
             keys, values = cached
-            keys[span.rows, span.positions] = xk
-            values[span.rows, span.positions] = xv
+            keys[span.written] = xk
+            values[span.written] = xv
             xk, xv = keys[:, : span.end], values[:, : span.end]
         output = F.scaled_dot_product_attention(
             xq.transpose(1, 2),  # (bsz, n_local_heads, seqlen, head_dim)
@@ -210,7 +220,7 @@ class Attention(nn.Module):
             is_causal=span.is_causal,
             enable_gqa=xq.shape[2] != xk.shape[2],
         )
-        return self.wo(output.transpose(1, 2).flatten(2))
+        return self.wo(output.transpose(1, 2).reshape(x.shape[0], -1))
 
 
 class FeedForward(nn.Module):
@@ -248,11 +258,11 @@ class TransformerBlock(nn.Module):
 class Span:
     """Which positions a pass covers and what each may look at; the same for every layer."""
 
+    bsz: int
     freqs_cis: torch.Tensor  # (bsz or 1, seqlen, 1, head_dim / 2) complex
     mask: torch.Tensor | None  # (bsz, 1, seqlen, end) bool, True where a query may look
     is_causal: bool
-    rows: torch.Tensor | None = None  # (bsz, 1) and
-    positions: torch.Tensor | None = None  # (bsz, seqlen): where the cache is written
+    written: tuple | None = None  # index of the cache (bsz, max_len, ...) that the pass writes
     end: int = 0  # the cache is read up to here
 
 
@@ -298,16 +308,20 @@ class Transformer(nn.Module):
         With a cache, row i covers positions start_pos[i] onward, and sees what is cached before.
         """
         h = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        bsz, seqlen, dim = h.shape
         if cache is None:
             span = self._whole_span(h, attention_mask)
         else:
             span = self._cached_span(h, cache, start_pos)
+        h = h.reshape(
+            -1, dim
+        )  # (bsz * seqlen, dim): products of matrices are leaner than of batches
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, span, use_reentrant=False)
             else:
                 h = layer(h, span, None if cache is None else cache.layers[i])
-        return self.norm(h)
+        return self.norm(h).view(bsz, seqlen, dim)
 
     def local_logits(self, h: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the logits, (..., vocab_size / n), in the weights' dtype."""
@@ -322,24 +336,28 @@ class Transformer(nn.Module):
         return torch.polar(torch.ones_like(angles), angles)  # (bsz, seqlen, 1, head_dim / 2)
 
     def _whole_span(self, h: torch.Tensor, attention_mask: torch.Tensor | None) -> Span:
-        seqlen = h.shape[1]
+        bsz, seqlen, _ = h.shape
         freqs_cis = self._freqs_cis(torch.arange(seqlen, device=h.device)[None])
         # Padding on the right needs no mask: causal attention never looks there.
         if attention_mask is None or not (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-            return Span(freqs_cis, mask=None, is_causal=True)
+            return Span(bsz, freqs_cis, mask=None, is_causal=True)
         causal = torch.ones(seqlen, seqlen, dtype=torch.bool, device=h.device).tril()
         mask = causal & attention_mask.bool()[:, None, None, :]
         # A padded position looks at itself: a softmax over nothing would be NaN.
         mask |= torch.eye(seqlen, dtype=torch.bool, device=h.device)
-        return Span(freqs_cis, mask, is_causal=False)
+        return Span(bsz, freqs_cis, mask, is_causal=False)
 
     def _cached_span(self, h: torch.Tensor, cache: KVCache, start_pos: list[int]) -> Span:
-        seqlen, end = h.shape[1], max(start_pos) + h.shape[1]
+        bsz, seqlen, _ = h.shape
+        start, end = min(start_pos), max(start_pos) + seqlen
         starts = torch.tensor(start_pos, device=h.device)[:, None]
         positions = starts + torch.arange(seqlen, device=h.device)  # (bsz, seqlen)
-        level = min(start_pos) == max(start_pos)
-        mask = None
-        if not level or (seqlen > 1 and end > seqlen):
-            mask = torch.arange(end, device=h.device) <= positions[:, None, :, None]
-        is_causal = mask is None and seqlen > 1
-        return Span(self._freqs_cis(positions), mask, is_causal, cache.rows, positions, end)
+        freqs_cis = self._freqs_cis(positions)
+        if end - start == seqlen:  # all rows at the same place
+            written, needs_mask = (slice(None), slice(start, end)), start > 0 and seqlen > 1
+        else:
+            written, needs_mask = (cache.rows, positions), True
+        if not needs_mask:
+            return Span(bsz, freqs_cis, None, seqlen > 1, written, end)
+        mask = torch.arange(end, device=h.device) <= positions[:, None, :, None]
+        return Span(bsz, freqs_cis, mask, False, written, end)

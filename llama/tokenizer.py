@@ -167,7 +167,7 @@ def _load_sentencepiece(path: Path, data: bytes) -> _Model:
 
 
 def _load_tiktoken(path: Path, data: bytes) -> _Model:
-    """Llama 3: lines of a base64 token and its rank; the special tokens follow from their number."""
+    """Llama 3: lines of a base64 token and its rank; special tokens follow from their number."""
     try:
         import tiktoken
     except ImportError as err:
@@ -236,7 +236,7 @@ def _tiktoken_parts(s: str) -> Iterator[str]:
 
 
 def _load_json(path: Path, data: bytes) -> _Model:
-    """Hugging Face's tokenizer.json, with the tokenizer_config.json beside it where there is one."""
+    """Hugging Face's tokenizer.json, with the tokenizer_config.json beside it if there is one."""
     try:
         import tokenizers
     except ImportError as err:
@@ -269,7 +269,7 @@ def _load_json(path: Path, data: bytes) -> _Model:
         eos_id = next((i for i in known if i is not None), None)
     if eos_id is None:
         raise ValueError(
-            f"{path}: no end-of-sequence token; name it as eos_token in {config_path.name} beside it"
+            f"{path}: no end-of-sequence token; name one as eos_token in {config_path.name}"
         )
     pad_id = named_id("pad_token")
     bos_id = _json_bos(rust, named_id("bos_token"), config.get("add_bos_token"))

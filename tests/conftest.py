@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from random_model import random_source
 
-from llama.checkpoint import Source, weight_shapes, write_checkpoint
+from llama.checkpoint import Source, write_checkpoint
 from llama.model import ModelArgs
 
 REPO = Path(__file__).parent.parent
@@ -38,19 +39,8 @@ def make_params(**changes) -> dict:
     return params | {"norm_eps": 1e-5} | changes
 
 
-def random_source(params: dict, dtype: torch.dtype = torch.float32, seed: int = 0) -> Source:
-    """Random weights with std 0.5, large enough that a wrong result cannot pass for a right one."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = weight_shapes(ModelArgs.from_params(params))
-    weights = {
-        name: (torch.randn(shape, generator=generator) * 0.5 + (len(shape) == 1)).to(dtype)
-        for name, shape in shapes.items()
-    }
-    return Source(params, shapes, dtype, weights.__getitem__)
-
-
 def make_ckpt(path: Path, n: int = 1, dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """A checkpoint folder of a tiny random model in n shards."""
+    """A checkpoint folder of a tiny random model (std 0.5) in n shards."""
     write_checkpoint(random_source(make_params(**changes), dtype), path, n)
     return path
 
@@ -131,7 +121,7 @@ def run_script(
 
 @pytest.fixture
 def on_ranks(tmp_path):
-    """Run a piece of Python on n torchrun ranks; it may print JSON from rank 0, which is returned."""
+    """Run a piece of Python on n torchrun ranks; what it prints (JSON, by rank 0) is returned."""
 
     def run(n: int, code: str, **values) -> object:
         script = tmp_path / f"ranks_{n}.py"
