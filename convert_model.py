@@ -3,10 +3,9 @@
 python convert_model.py --from model.gguf --out_dir ckpts/NAME
 """
 
-from llama.hf import open_any
-
 from llama import parallel
 from llama.checkpoint import parse_dtype, write_checkpoint
+from llama.hf import open_any
 
 
 def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None:

