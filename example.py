@@ -1,6 +1,7 @@
-"""Generate with a model split over the ranks of a run.
+r"""Generate with a model split over the ranks of a run.
 
-torchrun --nproc_per_node 4 example.py --ckpt_dir ckpts/7B_fs4 --tokenizer_path ckpts/tokenizer.model
+torchrun --nproc_per_node 4 example.py --ckpt_dir ckpts/7B_fs4 \
+    --tokenizer_path ckpts/tokenizer.model
 """
 
 import time

@@ -329,7 +329,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Mapping trusts the archive's directory: see that each record lies in the file, stored plain."""
+    """Mapping trusts the archive's directory: each record must lie in the file, stored plain."""
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
@@ -398,7 +398,7 @@ def _fsync(path: Path) -> None:
 def _lay_out(
     folder: Path, shapes: dict[str, tuple[int, ...]], n: int, dtype: torch.dtype
 ) -> list[dict[str, torch.Tensor]]:
-    """n shard files of empty weights with their disk space taken; writing to a tensor writes its file."""
+    """n shard files with their disk space taken, as tensors: writing to one writes its file."""
     needed = n * sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Encoder(Protocol):
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """An instruction, with its input if there is one, in Alpaca's template."""
     template = PROMPT_WITH_INPUT if input else PROMPT_NO_INPUT
+    # format reads braces in the template alone: those in a user's text stay as they are.
     return template.format(instruction=instruction, input=input)
 
 
@@ -89,7 +91,7 @@ def tokenize_dataset(
     Raises what load_instructions does, ValueError if no row is left, and ImportError if the
     package datasets is absent.
     """
-    dataset_class()  # said before any work is done
+    _require_datasets()
     data = _read_file(path)
     folder = None
     if cache_dir is not None:
@@ -124,9 +126,11 @@ def split_dataset(
             f"--val_set_size {val_set_size} cannot be taken out of {len(dataset)} rows: give "
             f"0 (no evaluation) to {len(dataset) - 1}"
         )
-    # keep_in_memory: several ranks do the same, and would write the same index file.
-    parts = dataset.train_test_split(val_set_size, seed=seed, keep_in_memory=True)
-    return parts["train"], parts["test"]
+    order = list(range(len(dataset)))
+    random.Random(seed).shuffle(order)
+    # keep_in_memory: the library would write the choice beside a cached dataset, on every rank.
+    held_out = dataset.select(order[:val_set_size], keep_in_memory=True)
+    return dataset.select(order[val_set_size:], keep_in_memory=True), held_out
 
 
 @dataclass
@@ -146,19 +150,18 @@ class Collator:
         }
 
 
-def dataset_class() -> type["Dataset"]:
-    """datasets.Dataset; ImportError with the command to install it where it is absent.
+def _require_datasets() -> None:
+    """Raise ImportError, with the command to install it, where Hugging Face's package is absent.
 
     `import datasets` alone would succeed without the package: it finds our folder of that name.
     """
     try:
-        from datasets import Dataset
+        from datasets import Dataset  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "Hugging Face's package `datasets` is not installed (a folder of that name is not "
-            "it): pip install datasets"
+            f"it; {error}): pip install datasets"
         ) from error
-    return Dataset
 
 
 def _read_file(path: str | Path) -> bytes:
@@ -175,24 +178,35 @@ def _parse_rows(path: str | Path, data: bytes) -> list[dict]:
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; {EXPECTED}")
     if text.lstrip().startswith("["):
-        values = enumerate(_parse_json(path, text), 1)
-        unit = "row"
+        unit, values = "row", enumerate(_parse_json(path, text), 1)
+    elif "\n" in text.strip() and _is_json(text):
+        raise ValueError(f"{path}: one JSON value over several lines, not a list; {EXPECTED}")
     else:
         # Not splitlines(): that also cuts at U+2028, which JSON allows inside a text.
         lines = enumerate(text.split("\n"), 1)
-        values = ((n, _parse_json(f"{path}, line {n}", line)) for n, line in lines if line.strip())
-        unit = "line"
+        unit, values = "line", ((n, _parse_json(path, t, n)) for n, t in lines if t.strip())
     rows = [_check_row(f"{path}, {unit} {number}", value) for number, value in values]
     if not rows:
         raise ValueError(f"{path}: no row in it; {EXPECTED}")
     return rows
 
 
-def _parse_json(where: str | Path, text: str) -> object:
+def _parse_json(path: str | Path, text: str, line: int = 1) -> object:
+    """The value that a text holds, which begins on this line of the file."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); {EXPECTED}") from None
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{where}: not JSON ({error.msg}); {EXPECTED}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+        raise ValueError(f"{path}, line {line}: not JSON ({error}); {EXPECTED}") from None
+
+
+def _is_json(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text)
+        return True
+    return False
 
 
 def _check_row(where: str, value: object) -> dict[str, str]:
@@ -260,17 +274,16 @@ def _tokenize_rows(
 def _response_ids(tokenizer: Encoder, prompt: str, output: str) -> list[int]:
     """Tokens of a response as the model would write them after the prompt's own tokens.
 
-    Generation is fed encode(prompt), so no token may span the two. A response encoded by itself
-    is not right either: SentencePiece puts a space in front of every text. So it is encoded behind
-    a context, and what follows the context's tokens is taken. The prompt is the natural context,
-    unless its last character merges with the response's first (":" and ")"); then a line end
-    serves, and where that merges too (a byte-level vocabulary, which adds no space), nothing.
+    Generation is fed encode(prompt), so no token may span the two. Nor is a response by itself
+    what follows a prompt: SentencePiece puts a space in front of every text that it is given. So
+    the two are encoded together and the prompt's tokens taken off. Only where its last character
+    merges with the response's first (":" with ")", or in a byte-level vocabulary with a line end)
+    is the response encoded alone.
     """
-    for context in (prompt, "\n"):
-        before = tokenizer.encode(context, bos=False, eos=False)
-        both = tokenizer.encode(context + output, bos=False, eos=False)
-        if both[: len(before)] == before:
-            return both[len(before) :]
+    before = tokenizer.encode(prompt, bos=False, eos=False)
+    both = tokenizer.encode(prompt + output, bos=False, eos=False)
+    if both[: len(before)] == before:
+        return both[len(before) :]
     return tokenizer.encode(output, bos=False, eos=False)
 
 

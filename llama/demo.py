@@ -88,8 +88,9 @@ def show_completions(generator: LLaMA, prompts: list[str], load_seconds: float, 
     )
     parallel.say(
         f"loaded in {load_seconds:.1f} s; "
-        f"prompts {timing.prompt_tokens} tokens, {timing.prompt_tokens / timing.prompt_seconds:.1f} "
-        f"tokens/s; generated {timing.generated_tokens} tokens, "
+        f"prompts {timing.prompt_tokens} tokens, "
+        f"{timing.prompt_tokens / timing.prompt_seconds:.1f} tokens/s; "
+        f"generated {timing.generated_tokens} tokens, "
         f"{timing.generated_tokens / timing.generated_seconds:.1f} tokens/s; "
         f"peak memory by rank: {peaks}"
     )

@@ -172,16 +172,12 @@ def _parse_flags(main: Callable[..., None]) -> dict:
     def take(*args: object, **kwargs: object) -> None:
         given.update(inspect.signature(main).bind(*args, **kwargs).arguments)
 
-    texts = {name: str for name, p in parameters.items() if p.annotation in (str, str | None)}
-    fire.decorators.SetParseFns(**texts)(take)
     os.environ.setdefault("PAGER", "cat")
     # Every rank parses the same line; one of them answers a mistake in it.
     quiet = contextlib.redirect_stderr(io.StringIO()) if rank() else contextlib.nullcontext()
     with quiet:
         fire.Fire(take, command=[_spell(argument, parameters) for argument in sys.argv[1:]])
-    for name, value in given.items():
-        _check_type(name, value, parameters[name].annotation)
-    return given
+    return {name: _typed(name, value, parameters[name].annotation) for name, value in given.items()}
 
 
 def _spell(argument: str, parameters: Mapping[str, inspect.Parameter]) -> str:
@@ -192,10 +188,12 @@ def _spell(argument: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     return argument
 
 
-def _check_type(name: str, value: object, wanted: type) -> None:
+def _typed(name: str, value: object, wanted: type) -> object:
+    """The value of a flag, if it is of its parameter's type; a folder may be named 7."""
     allowed = getattr(wanted, "__args__", (wanted,))
-    if float in allowed and type(value) is int:
-        return
-    if type(value) not in allowed:
-        kinds = " or ".join(t.__name__ for t in allowed if t is not type(None))
-        raise ValueError(f"--{name.rstrip('_')} wants {kinds}, not {value!r}")
+    if type(value) in allowed or (float in allowed and type(value) is int):
+        return value
+    if str in allowed and type(value) in (int, float):
+        return str(value)
+    kinds = " or ".join(t.__name__ for t in allowed if t is not type(None))
+    raise ValueError(f"--{name.rstrip('_')} wants {kinds}, not {value!r}")

@@ -1,5 +1,7 @@
 """Transformer against Hugging Face's LlamaForCausalLM, on one rank and on several."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import hf_model, make_ckpt, make_params, random_source
@@ -71,14 +73,12 @@ def test_building_and_loading_copy_no_weight(tmp_path):
     model, _ = build(tmp_path)
     shard = Checkpoint(tmp_path / "ckpt").shard(0)
     assert shard.keys() == model.state_dict().keys()
-    with (tmp_path / "ckpt" / "fs_consolidated.00.pth").open("rb") as file:
-        size = len(file.read())
+    size = (tmp_path / "ckpt" / "fs_consolidated.00.pth").stat().st_size
     for name, weight in model.state_dict().items():
         # one mapping of the whole file lies behind each weight
         assert weight.untyped_storage().nbytes() <= size, name
         assert not weight.requires_grad, name
-    mapped = {line.split()[-1] for line in open("/proc/self/maps") if "fs_consolidated" in line}
-    assert str(tmp_path / "ckpt" / "fs_consolidated.00.pth") in mapped
+    assert str(tmp_path / "ckpt" / "fs_consolidated.00.pth") in Path("/proc/self/maps").read_text()
 
 
 RANK_CODE = """

@@ -1,0 +1,84 @@
+"""What LLaMA.generate promises, on tiny random models with real tokenizers."""
+
+import pytest
+import torch
+from conftest import TOKENIZERS, hf_model, make_ckpt, make_params
+from random_model import random_source
+
+from llama import LLaMA
+
+PROMPTS = ["Once", "The capital of France is", "a b c d e f g h i j k l m", "In short:\n1."]
+
+
+def build(tmp_path, kind="sentencepiece", **options):
+    path, vocab_size = TOKENIZERS[kind]
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=vocab_size, n_kv_heads=2)
+    return LLaMA.build(ckpt_dir, path, **({"max_seq_len": 64} | options))
+
+
+def test_greedy_equals_hugging_face(tmp_path):
+    llama = build(tmp_path)
+    reference = hf_model(random_source(make_params(vocab_size=32000, n_kv_heads=2)))
+    for prompt in PROMPTS:
+        ids = torch.tensor([llama.tokenizer.encode(prompt)])
+        expected = reference.generate(
+            ids, do_sample=False, max_new_tokens=16, eos_token_id=[2], pad_token_id=0
+        )[0, ids.shape[1] :].tolist()
+        (output,) = llama.generate([prompt], max_gen_len=16, temperature=0)
+        assert output.token == [token for token in expected if token != 2]
+
+
+@pytest.mark.parametrize("max_batch_size", [32, 3])
+def test_rows_of_a_mixed_batch_equal_each_alone(tmp_path, max_batch_size):
+    llama = build(tmp_path, max_batch_size=max_batch_size)
+    prompts = PROMPTS + [prompt * 2 for prompt in PROMPTS]
+    together = llama.generate(prompts, max_gen_len=12, temperature=0)
+    alone = [llama.generate([prompt], max_gen_len=12, temperature=0)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_each_row_stops_at_its_own_end(tmp_path):
+    llama = build(tmp_path)
+    free = llama.generate(PROMPTS, max_gen_len=12, temperature=0)
+    ending = free[0].token[5]
+    llama.tokenizer.stop_ids = frozenset({ending})
+    stopped = llama.generate(PROMPTS, max_gen_len=12, temperature=0)
+    for before, after in zip(free, stopped):
+        end = before.token.index(ending) if ending in before.token else len(before.token)
+        assert after.token == before.token[:end]
+
+
+def test_a_seed_makes_sampling_repeatable(tmp_path):
+    llama = build(tmp_path)
+    options = {"max_gen_len": 12, "temperature": 1.0, "top_p": 0.9}
+    first = llama.generate(PROMPTS, seed=1, **options)
+    assert first == llama.generate(PROMPTS, seed=1, **options)
+    assert first != llama.generate(PROMPTS, seed=2, **options)
+
+
+def test_max_seq_len_is_used_to_the_last_position(tmp_path):
+    llama = build(tmp_path, max_seq_len=20)
+    llama.tokenizer.stop_ids = frozenset()
+    (output,) = llama.generate(["Once upon a time"], max_gen_len=99, temperature=0)
+    assert len(llama.tokenizer.encode("Once upon a time")) + len(output.token) == 20
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        (["ok", "word " * 80], {}, "prompt 2 .* no room"),
+        (["ok"], {"temperature": -1}, "temperature"),
+        (["ok"], {"top_p": 0}, "top_p"),
+        (["ok"], {"max_gen_len": 0}, "max_gen_len"),
+    ],
+)
+def test_bad_requests_are_named(tmp_path, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path).generate(prompts, **options)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=512)
+    with pytest.raises(ValueError, match=r"a vocabulary of 32000, but the model .* has 512"):
+        LLaMA.build(ckpt_dir, TOKENIZERS["sentencepiece"][0])

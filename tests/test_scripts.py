@@ -1,0 +1,55 @@
+"""The scripts as a user runs them: help, results on stdout, one clear message for a mistake."""
+
+import pytest
+from conftest import TOKENIZERS, make_ckpt, run_script
+
+PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
+
+
+@pytest.mark.parametrize("script", ["split_model.py", "example.py", "convert_model.py"])
+def test_help_reads_well(script):
+    result = run_script(script, "--help")
+    assert result.returncode == 0
+    assert "--dtype=DTYPE" in result.stderr
+    assert "float32, bfloat16 or float16" in result.stderr  # what a flag means, not its name alone
+    assert "FIRE" not in result.stderr
+
+
+def test_split_then_the_same_text_from_one_rank_and_two(tmp_path):
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=VOCAB_SIZE, n_kv_heads=2)
+    result = run_script("split_model.py", "--ckpt_dir", ckpt_dir, "--n", 2)
+    assert result.returncode == 0, result.stderr
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\nThe capital of France\n")
+    options = ["--tokenizer_path", PATH, "--prompts_file", prompts, "--temperature", 0]
+    options += ["--max_gen_len", 8]
+    one = run_script("example.py", "--ckpt_dir", ckpt_dir, *options)
+    two = run_script("example.py", "--ckpt_dir", f"{ckpt_dir}_fs2", *options, n=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert one.stdout == two.stdout
+    assert "Once upon a time" in one.stdout
+    assert "tokens/s" in two.stderr
+
+
+def test_wrong_number_of_ranks_is_said_once_with_both_remedies(tmp_path):
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=VOCAB_SIZE)
+    result = run_script("example.py", "--ckpt_dir", ckpt_dir, "--tokenizer_path", PATH, n=2)
+    assert result.returncode == 1
+    assert result.stderr.count("error: ") == 1
+    assert "--nproc_per_node 1" in result.stderr
+    assert "split_model.py" in result.stderr
+
+
+def test_a_mistyped_flag_is_answered_once_before_any_work(tmp_path):
+    result = run_script("example.py", "--ckptdir", "x", "--tokenizer_path", "y", n=2)
+    assert result.returncode == 1
+    assert result.stderr.count("ERROR: ") == 1
+    assert result.stdout == ""
+
+
+def test_no_such_folder_is_one_line_without_traceback(tmp_path):
+    result = run_script("split_model.py", "--ckpt_dir", tmp_path / "none", "--n", 2)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,280 @@
+"""Tokenizer: ids equal those of independent implementations, for all three kinds of file."""
+
+import json
+import shutil
+import sys
+import time
+
+import pytest
+import sentencepiece
+import transformers
+from conftest import TOKENIZERS
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, pre_tokenizers, processors, trainers
+from tokenizers.decoders import ByteLevel
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from llama.tokenizer import Tokenizer
+
+SENTENCEPIECE, TIKTOKEN = TOKENIZERS["sentencepiece"][0], TOKENIZERS["tiktoken"][0]
+TEXTS = [
+    "",
+    " ",
+    "Hello world",
+    "  two leading spaces, two   inside, one behind ",
+    "\n\nlines\n\tand\r\ntabs\n",
+    "In 2024: 1234567890 + 3.14 = ½ ² ٣",
+    "naïve Straße 你好，世界 مرحبا שלום",
+    "e\u0301 🦙 👩🏽‍🚀 🇨🇭",
+    "def f(x):\n    return {'a': x[0]}  # <s> </s>",
+    "<|begin_of_text|>I'll<|eot_id|> <|endoftext|>",
+    "\u00a0\u200b\ufeff\x00\x7f",
+]
+
+
+def save_json(folder, bos_in_template=False, config=None, special=("<|endoftext|>", "<|im_end|>")):
+    """A small byte-level tokenizer.json that knows <s> (bos) and the given special tokens."""
+    rust = RustTokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<s>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    rust.train_from_iterator(TEXTS, trainer)
+    if bos_in_template:
+        rust.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    # Left over from somebody's training run.
+    rust.enable_truncation(8)
+    rust.enable_padding(length=16)
+    folder.mkdir(exist_ok=True)
+    rust.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sp():
+    return Tokenizer(SENTENCEPIECE)
+
+
+@pytest.fixture(scope="module")
+def tik():
+    return Tokenizer(TIKTOKEN)
+
+
+@pytest.mark.parametrize("s", TEXTS)
+def test_sentencepiece_ids_equal_transformers(sp, sp_reference, s):
+    ids = sp_reference.encode(s, add_special_tokens=False)
+    if s:  # of the empty text transformers makes a lone space
+        assert sp.encode(s, bos=False) == ids
+
+
+@pytest.fixture(scope="module")
+def sp_reference(tmp_path_factory):
+    """transformers' own reading of the file, over the Rust library; none of it is ours."""
+    folder = tmp_path_factory.mktemp("sp")
+    shutil.copy(SENTENCEPIECE, folder / "tokenizer.model")
+    return transformers.LlamaTokenizerFast.from_pretrained(folder, legacy=True)
+
+
+def test_sentencepiece_facts_are_those_of_the_file(sp):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE))
+    assert (sp.n_words, sp.bos_id, sp.eos_id) == (32000, 1, 2)
+    assert reference.pad_id() == -1
+    assert sp.pad_id == sp.eos_id
+    assert sp.stop_ids == {2}
+
+
+def test_tiktoken_facts_are_llama_3s(tik):
+    assert (tik.n_words, tik.bos_id, tik.eos_id, tik.pad_id) == (128256, 128000, 128001, 128004)
+    assert tik.stop_ids == {128001, 128008, 128009}
+
+
+def test_tiktoken_ids_are_the_published_ones(tik):
+    # From the tests of Meta's llama-models.
+    ids = [128000, 2028, 374, 264, 1296, 11914, 13, 128001]
+    assert tik.encode("This is a test sentence.", bos=True, eos=True) == ids
+
+
+@pytest.fixture(scope="module")
+def tik_reference():
+    """The same file as transformers converts it for the Rust library."""
+    return TikTokenConverter(vocab_file=str(TIKTOKEN)).converted()
+
+
+@pytest.mark.parametrize("s", TEXTS)
+def test_tiktoken_ids_equal_transformers(tik, tik_reference, s):
+    assert tik.encode(s, bos=False) == tik_reference.encode(s).ids
+
+
+@pytest.mark.parametrize("s", TEXTS)
+@pytest.mark.parametrize("which", ["sp", "tik"])
+def test_text_survives_the_round_trip(request, which, s):
+    tokenizer = request.getfixturevalue(which)
+    assert tokenizer.decode(tokenizer.encode(s, bos=True, eos=True)) == s
+
+
+@pytest.mark.parametrize("which", ["sp", "tik"])
+def test_bos_and_eos_are_added_once_and_only_when_asked(request, which):
+    tokenizer = request.getfixturevalue(which)
+    plain = tokenizer.encode("x", bos=False, eos=False)
+    assert not tokenizer.stop_ids & set(plain)
+    assert tokenizer.encode("x") == [tokenizer.bos_id, *plain]
+    assert tokenizer.encode("x", bos=False, eos=True) == [*plain, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("which", ["sp", "tik"])
+def test_special_tokens_in_a_text_are_plain_text(request, which):
+    tokenizer = request.getfixturevalue(which)
+    ids = tokenizer.encode("<s></s><|eot_id|><|end_of_text|>", bos=False)
+    assert not {tokenizer.bos_id, *tokenizer.stop_ids} & set(ids)
+    assert tokenizer.decode(ids) == "<s></s><|eot_id|><|end_of_text|>"
+
+
+@pytest.mark.parametrize("which", ["sp", "tik"])
+@pytest.mark.parametrize("far", [-1, 10**6])
+def test_an_id_outside_the_vocabulary_is_an_error(request, which, far):
+    with pytest.raises(ValueError, match="belongs to the model"):
+        request.getfixturevalue(which).decode([5, far])
+
+
+def test_long_runs_are_cut_where_meta_cuts_them(tik):
+    # Meta cuts a text every 400,000 characters and a run in it every 25,000.
+    s = "a" * 60_000 + " " * 30_000 + "word " * 70_000
+    parts = [s[:25_000], s[25_000:50_000], s[50_000:85_000], s[85_000:400_000], s[400_000:]]
+    ids = [i for part in parts for i in tik.encode(part, bos=False)]
+    assert tik.encode(s, bos=False) == ids
+    assert tik.decode(ids) == s
+
+
+def test_a_million_characters_without_a_space_take_no_time(tik):
+    start = time.monotonic()
+    assert tik.decode(tik.encode("^" * 1_000_000)) == "^" * 1_000_000
+    assert time.monotonic() - start < 5
+
+
+def test_json_ids_equal_the_librarys(tmp_path):
+    folder = save_json(tmp_path / "t", bos_in_template=True)
+    reference = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    reference.no_truncation()
+    reference.no_padding()
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.n_words == reference.get_vocab_size()
+    for s in TEXTS:
+        if "<" not in s:
+            assert tokenizer.encode(s) == reference.encode(s).ids
+        assert tokenizer.encode(s) == [0, *tokenizer.encode(s, bos=False)]
+        assert tokenizer.decode(tokenizer.encode(s, eos=True)) == s
+
+
+def test_json_special_tokens_in_a_text_are_plain_text(tmp_path):
+    tokenizer = Tokenizer(save_json(tmp_path, bos_in_template=True))
+    ids = tokenizer.encode("<s>a<|im_end|>", bos=False)
+    assert not {0, *tokenizer.stop_ids} & set(ids)
+    assert tokenizer.decode(ids) == "<s>a<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("in_template", "config", "bos_id"),
+    [
+        (True, None, 0),
+        (False, None, None),
+        (True, {}, 0),
+        (False, {"bos_token": "<s>"}, None),  # a name that the file never adds, as SmolLM2's
+        (True, {"bos_token": "<s>"}, 0),
+        (False, {"bos_token": "<s>", "add_bos_token": True}, 0),
+        (True, {"bos_token": {"content": "<s>"}, "add_bos_token": False}, None),
+        (True, {"bos_token": None, "add_bos_token": False}, None),
+    ],
+)
+def test_json_bos_is_what_config_and_template_say(tmp_path, in_template, config, bos_id):
+    tokenizer = Tokenizer(save_json(tmp_path, in_template, config))
+    assert tokenizer.bos_id == bos_id
+    ids = tokenizer.encode("a", bos=True)
+    assert ids == ([] if bos_id is None else [bos_id]) + tokenizer.encode("a", bos=False)
+
+
+def test_json_eos_pad_and_stop_ids_come_from_the_config(tmp_path):
+    config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<s>"}
+    tokenizer = Tokenizer(save_json(tmp_path, config=config))
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 0, {1, 2})
+
+
+def test_json_without_config_knows_the_usual_eos(tmp_path):
+    tokenizer = Tokenizer(save_json(tmp_path, special=("<|eot_id|>", "<|end_of_text|>")))
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 2, {1, 2})
+
+
+def test_json_without_any_eos_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="name one as eos_token"):
+        Tokenizer(save_json(tmp_path, special=()))
+
+
+def test_json_eos_that_is_not_in_the_vocabulary_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="<nope>"):
+        Tokenizer(save_json(tmp_path, config={"eos_token": "<nope>"}))
+
+
+def test_the_kind_is_told_by_content_not_by_name(tmp_path):
+    shutil.copy(TIKTOKEN, tmp_path / "tokenizer.json")
+    assert Tokenizer(tmp_path).n_words == 128256
+    shutil.copy(SENTENCEPIECE, tmp_path / "x.bin")
+    assert Tokenizer(str(tmp_path / "x.bin")).n_words == 32000
+
+
+def test_a_folder_means_tokenizer_model_first(tmp_path):
+    save_json(tmp_path)
+    assert Tokenizer(tmp_path).n_words == 400
+    shutil.copy(SENTENCEPIECE, tmp_path / "tokenizer.model")
+    assert Tokenizer(tmp_path).n_words == 32000
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.model"])
+def test_a_missing_file_is_named_with_what_to_do(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="came with the weights") as error:
+        Tokenizer(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"hello world",
+        b"PK\x03\x04" + bytes(100),
+        b"{}",
+        b'{"model": 1}',
+        b"YQ== 0\n",  # not all bytes have a rank
+        TIKTOKEN.read_bytes()[:100_000],  # cut inside a line
+        TIKTOKEN.read_bytes().replace(b" 300\n", b" 301\n"),  # a gap and a double
+        TIKTOKEN.read_bytes()[:7000] + b"?? x\n",
+        SENTENCEPIECE.read_bytes()[:100_000],
+    ],
+    ids=str.split("empty newline text zip json model bytes cut ranks base64 protobuf"),
+)
+def test_what_is_no_tokenizer_is_refused_with_its_path(tmp_path, content):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.model"):
+        Tokenizer(path)
+
+
+def test_a_checkpoint_given_by_mistake_is_not_read(tmp_path):
+    path = tmp_path / "consolidated.00.pth"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="is no tokenizer file"):
+        Tokenizer(path)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(ImportError, match="pip install tiktoken"):
+        Tokenizer(TIKTOKEN)
