@@ -1,9 +1,9 @@
 """Read a GGUF file of a Llama model as a checkpoint in Meta's layout."""
 
-import re
 import reprlib
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -12,9 +12,17 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llama.checkpoint import Source
+from llama.checkpoint import Source, weight_shapes
+from llama.formats import (
+    check_shapes,
+    ffn_params,
+    first_few,
+    meta_names,
+    naming,
+    positive_int,
+    positive_number,
+)
 from llama.gguf_tokenizer import tokenizer_files
-from llama.hf import check_shapes, ffn_params, first_few, positive_int, positive_number
 from llama.model import ModelArgs, rope_frequencies
 
 # The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -39,19 +47,17 @@ MAX_ENTRIES = 1 << 16
 MAX_STRINGS = 1 << 24
 MAX_DIMS = 4
 
-LAYER_NAMES = {
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3",
-    "attn_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
-}
-TOP_NAMES = {
+NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
+    "blk.N.attn_q.weight": "layers.N.attention.wq.weight",
+    "blk.N.attn_k.weight": "layers.N.attention.wk.weight",
+    "blk.N.attn_v.weight": "layers.N.attention.wv.weight",
+    "blk.N.attn_output.weight": "layers.N.attention.wo.weight",
+    "blk.N.ffn_gate.weight": "layers.N.feed_forward.w1.weight",
+    "blk.N.ffn_down.weight": "layers.N.feed_forward.w2.weight",
+    "blk.N.ffn_up.weight": "layers.N.feed_forward.w3.weight",
+    "blk.N.attn_norm.weight": "layers.N.attention_norm.weight",
+    "blk.N.ffn_norm.weight": "layers.N.ffn_norm.weight",
     "output_norm.weight": "norm.weight",
     "output.weight": "output.weight",
 }
@@ -91,13 +97,10 @@ def open_gguf(path: str | Path) -> Source:
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: not a GGUF file, or cut short")
     data = np.memmap(path, mode="r")
-    try:
+    with naming(path):
         meta, tensors = _read_header(memoryview(data))
         source = _source(data, meta, tensors)
-        check_shapes(path, source.shapes, source.params)
         source.files = tokenizer_files(meta, source.params["vocab_size"])
-    except ValueError as err:
-        raise ValueError(f"{path}: {str(err).removeprefix(f'{path}: ')}") from err
     return source
 
 
@@ -188,6 +191,9 @@ def _read_header(data: memoryview) -> tuple[dict, dict[str, _Tensor]]:
         raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: _place(name, *info, start, len(data)) for name, info in infos.items()}
+    extents = sorted((tensor.start, tensor.stop) for tensor in tensors.values())
+    if any(after < before for (_, before), (after, _) in pairwise(extents)):
+        raise ValueError("damaged: two tensors lie in the same bytes; download it again")
     return meta, tensors
 
 
@@ -214,39 +220,21 @@ def _place(
 
 def _source(data: np.memmap, meta: dict, tensors: dict[str, _Tensor]) -> Source:
     """Metadata and tensors as a Source, without the tokenizer."""
-    named = _meta_names(tensors)
+    dtype = _dtype(tensors)
+    names, unknown = meta_names([name for name in tensors if name != ROPE_FACTORS], NAMES)
+    if unknown:
+        raise ValueError(f"weights that no Llama model in Meta's format has: {first_few(unknown)}")
+    named = {name: tensors[gguf_name] for name, gguf_name in names.items()}
     embedding = named.get("tok_embeddings.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("no matrix token_embd.weight in it; is it a part of a split model?")
     named.setdefault("output.weight", embedding)
     params = _params(meta, *embedding.shape)
     if ROPE_FACTORS in tensors:
-        factors = _read(data, tensors[ROPE_FACTORS]).flatten()
-        params |= _scaled_rope(factors, params)
-    return Source(
-        params=params,
-        shapes={name: tensor.shape for name, tensor in named.items()},
-        dtype=_dtype(named),
-        read=lambda name: _read(data, named[name]),
-        files={},
-    )
-
-
-def _meta_names(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
-    """The tensors by Meta's names, in the file's order."""
-    named = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        layer = re.fullmatch(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.weight", name)
-        if name in TOP_NAMES:
-            named[TOP_NAMES[name]] = tensor
-        elif layer and layer[2] in LAYER_NAMES:
-            named[f"layers.{int(layer[1])}.{LAYER_NAMES[layer[2]]}.weight"] = tensor
-        elif name != ROPE_FACTORS:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"weights that no Llama model in Meta's format has: {first_few(unknown)}")
-    return named
+        params |= _scaled_rope(_read(data, tensors[ROPE_FACTORS]).flatten(), params)
+    args = ModelArgs.from_params(params)
+    check_shapes({name: tensor.shape for name, tensor in named.items()}, args)
+    return Source(params, weight_shapes(args), dtype, lambda name: _read(data, named[name]))
 
 
 def _params(meta: dict, vocab_size: int, dim: int) -> dict:
@@ -311,15 +299,15 @@ def _scaled_rope(factors: torch.Tensor, params: dict) -> dict:
     return scaled
 
 
-def _dtype(named: dict[str, _Tensor]) -> torch.dtype:
+def _dtype(tensors: dict[str, _Tensor]) -> torch.dtype:
     """The float type that all matrices have in common, else float32. (Norms are always float32.)"""
-    kinds = {tensor.kind for tensor in named.values() if len(tensor.shape) > 1}
-    for kind in kinds | {tensor.kind for tensor in named.values()}:
+    for kind in {tensor.kind for tensor in tensors.values()}:
         block_bytes = GGML_QUANT_SIZES[kind][1]
         try:
             dequantize(np.zeros((1, block_bytes), np.uint8), kind)
         except NotImplementedError as err:
             raise ValueError(f"weights of type {kind.name} cannot be converted") from err
+    kinds = {tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1}
     return PLAIN_TYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 

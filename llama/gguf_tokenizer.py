@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Sequence
 
+import numpy as np
 from llama.tokenizer import LLAMA3_SPLIT
 
 # GGUF's types of a token; SentencePiece gives the same numbers to the same types.
@@ -162,7 +163,7 @@ def _json_files(meta: dict, tokens: list[str], types: list[int]) -> dict[str, by
         "pad_token": None if pad_id is None else tokens[pad_id],
         "clean_up_tokenization_spaces": False,
     }
-    if "tokenizer.chat_template" in meta:
+    if isinstance(meta.get("tokenizer.chat_template"), str):
         config["chat_template"] = meta["tokenizer.chat_template"]
     return {
         "tokenizer.json": rust.to_str().encode(),
@@ -194,13 +195,14 @@ def _pre_tokenizer(pre: str | None):
 
 
 def _numbers(meta: dict, key: str, n: int, default: float) -> Sequence:
-    """One number for each of n tokens, as Python's."""
+    """One number for each of n tokens, as Python's: of the default's type, which the file has."""
     values = meta.get(key)
     if values is None:
         return [default] * n
-    if not hasattr(values, "tolist") or len(values) != n:
-        raise ValueError(f"{key}: expected an array of {n} numbers, one for each token")
-    return [type(default)(value) for value in values.tolist()]
+    dtype = np.dtype(np.float32 if isinstance(default, float) else np.int32)
+    if not isinstance(values, np.ndarray) or values.dtype != dtype or len(values) != n:
+        raise ValueError(f"{key}: expected {n} {dtype} numbers, one for each token")
+    return values.tolist()
 
 
 def _token_id(meta: dict, name: str, tokens: list[str], default: int | None) -> int | None:
