@@ -311,10 +311,11 @@ def _load_cached(folder: Path) -> tuple["Dataset", str] | None:
 
     try:
         manifest = json.loads((folder / CACHE_MANIFEST).read_bytes())
-        if manifest["files"] != _file_hashes(folder):
+        # Files that the library has added since (map() does) are no damage.
+        if not manifest["files"].items() <= _file_hashes(folder).items():
             return None
         return load_from_disk(str(folder)), manifest["notice"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

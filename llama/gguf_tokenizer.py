@@ -5,6 +5,10 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, pre_tokenizers
+
 from llama.tokenizer import LLAMA3_SPLIT
 
 # GGUF's types of a token; SentencePiece gives the same numbers to the same types.
@@ -47,8 +51,6 @@ def tokenizer_files(meta: dict, vocab_size: int) -> dict[str, bytes]:
 
 def _sentencepiece_model(meta: dict, tokens: list[str], types: list[int]) -> bytes:
     """A SentencePiece BPE model (serialised ModelProto) of the vocabulary."""
-    from sentencepiece import SentencePieceProcessor
-
     scores = _numbers(meta, "tokenizer.ggml.scores", len(tokens), 0.0)
     # llama.cpp's ids where the file names none.
     bos_id = _token_id(meta, "bos", tokens, 1)
@@ -115,8 +117,6 @@ def _varint(value: int) -> bytes:
 
 def _json_files(meta: dict, tokens: list[str], types: list[int]) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a byte-level BPE vocabulary."""
-    import tokenizers
-
     pre = meta.get("tokenizer.ggml.pre")
     bos_id = _token_id(meta, "bos", tokens, None)
     eos_id = _token_id(meta, "eos", tokens, None)
@@ -171,10 +171,8 @@ def _json_files(meta: dict, tokens: list[str], types: list[int]) -> dict[str, by
     }
 
 
-def _pre_tokenizer(pre: str | None):
+def _pre_tokenizer(pre: str | None) -> pre_tokenizers.PreTokenizer:
     """The cutting into words that tokenizer.ggml.pre names, in the words of tokenizers."""
-    from tokenizers import Regex, pre_tokenizers
-
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in GPT2_PRE:
         return gpt2
@@ -195,13 +193,15 @@ def _pre_tokenizer(pre: str | None):
 
 
 def _numbers(meta: dict, key: str, n: int, default: float) -> Sequence:
-    """One number for each of n tokens, as Python's: of the default's type, which the file has."""
+    """One number for each of n tokens, as Python's, whole ones if the default is one."""
     values = meta.get(key)
     if values is None:
         return [default] * n
-    dtype = np.dtype(np.float32 if isinstance(default, float) else np.int32)
-    if not isinstance(values, np.ndarray) or values.dtype != dtype or len(values) != n:
-        raise ValueError(f"{key}: expected {n} {dtype} numbers, one for each token")
+    wanted = np.floating if isinstance(default, float) else np.integer
+    if not isinstance(values, np.ndarray) or len(values) != n:
+        raise ValueError(f"{key}: expected an array of {n} numbers, one for each token")
+    if not np.issubdtype(values.dtype, wanted) or not np.isfinite(values).all():
+        raise ValueError(f"{key}: expected finite numbers of type {wanted.__name__}")
     return values.tolist()
 
 

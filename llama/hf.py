@@ -188,10 +188,12 @@ def _rope_params(config: dict) -> dict:
                 f"{key} of rope is {reprlib.repr(found)}; only {wanted[-1]} can be converted"
             )
     if kind == "llama3":
-        params["rope_scaling_factor"] = positive_number(rope, "factor")
-        params["rope_high_freq_factor"] = positive_number(rope, "high_freq_factor")
-        if params["rope_high_freq_factor"] <= 1:
-            raise ValueError("high_freq_factor of rope must be above the low one, which is 1")
+        if (factor := positive_number(rope, "factor")) != 8:
+            params["rope_scaling_factor"] = factor
+        if (high := positive_number(rope, "high_freq_factor")) != 4:
+            params["rope_high_freq_factor"] = high
+        if high <= 1:
+            raise ValueError(f"high_freq_factor of rope is {high}; it must be above the low one, 1")
     return params
 
 

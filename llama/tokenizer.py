@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiktoken
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+
 # Found in a folder in this order; the kind of a file is told by its content alone.
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 
@@ -72,8 +76,7 @@ class Tokenizer:
     def __init__(self, model_path: str | Path):
         """Load a tokenizer file, or the one inside a folder (tokenizer.model, tokenizer.json).
 
-        Raises FileNotFoundError if there is none, ValueError if the file is no tokenizer, and
-        ImportError, naming the package to install, if the library for its kind is absent.
+        Raises FileNotFoundError if there is none, ValueError if the file is no tokenizer.
         """
         path = _find_file(Path(model_path))
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -98,6 +101,9 @@ class Tokenizer:
 
         bos puts bos_id in front (nothing where it is None), eos puts eos_id at the end.
         """
+        # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
+        # UTF-8) is no character: two of the three libraries would fail on it.
+        s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self._model.encode(s)
         if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
@@ -140,8 +146,6 @@ def _find_file(path: Path) -> Path:
 
 def _load_sentencepiece(path: Path, data: bytes) -> _Model:
     """Llama 1 and 2: a SentencePiece model, which names bos, eos and pad itself (-1: none)."""
-    from sentencepiece import SentencePieceProcessor
-
     sp = SentencePieceProcessor()
     try:
         loaded = bool(data) and sp.LoadFromSerializedProto(data)
@@ -168,11 +172,6 @@ def _load_sentencepiece(path: Path, data: bytes) -> _Model:
 
 def _load_tiktoken(path: Path, data: bytes) -> _Model:
     """Llama 3: lines of a base64 token and its rank; special tokens follow from their number."""
-    try:
-        import tiktoken
-    except ImportError as err:
-        raise ImportError(f"{path} is a tiktoken file: pip install tiktoken") from err
-
     ranks = _tiktoken_ranks(path, data)
     specials = _llama3_specials(len(ranks))
     encoding = tiktoken.Encoding(
@@ -238,10 +237,6 @@ def _tiktoken_parts(s: str) -> Iterator[str]:
 def _load_json(path: Path, data: bytes) -> _Model:
     """Hugging Face's tokenizer.json, with the tokenizer_config.json beside it if there is one."""
     try:
-        import tokenizers
-    except ImportError as err:
-        raise ImportError(f"{path} is a tokenizer.json file: pip install tokenizers") from err
-    try:
         rust = tokenizers.Tokenizer.from_buffer(data)
     except Exception as err:  # the library raises bare Exceptions
         raise ValueError(f"{path}: not a tokenizer.json file: {err}") from err
@@ -251,7 +246,7 @@ def _load_json(path: Path, data: bytes) -> _Model:
     rust.encode_special_tokens = True
 
     config_path = path.with_name("tokenizer_config.json")
-    config = _read_object(config_path) if config_path.is_file() else {}
+    config = read_json_object(config_path) if config_path.is_file() else {}
 
     def named_id(key: str) -> int | None:
         token = config.get(key)
@@ -288,7 +283,7 @@ def _load_json(path: Path, data: bytes) -> _Model:
     )
 
 
-def _json_bos(rust, named: int | None, add_bos: bool | None) -> int | None:
+def _json_bos(rust: tokenizers.Tokenizer, named: int | None, add_bos: bool | None) -> int | None:
     """The id that belongs in front of a text, or None where the model takes none.
 
     add_bos_token decides. Where the configuration is silent the file's own post-processor does:
@@ -304,11 +299,13 @@ def _json_bos(rust, named: int | None, add_bos: bool | None) -> int | None:
     return added
 
 
-def _read_object(path: Path) -> dict:
-    """A JSON object from a file."""
+def read_json_object(path: Path) -> dict:
+    """A JSON object from a file; ValueError, with the path, if it holds anything else."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is no configuration file")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ValueError(f"{path}: not a JSON file: {err}") from err
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
