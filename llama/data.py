@@ -277,8 +277,8 @@ def _response_ids(tokenizer: Encoder, prompt: str, output: str) -> list[int]:
     Generation is fed encode(prompt), so no token may span the two. Nor is a response by itself
     what follows a prompt: SentencePiece puts a space in front of every text that it is given. So
     the two are encoded together and the prompt's tokens taken off. Only where its last character
-    merges with the response's first (":" with ")", or in a byte-level vocabulary with a line end)
-    is the response encoded alone.
+    merges with the response's first (":" with another ":", or in a byte-level vocabulary with a
+    line end) is the response encoded alone, which may give it a space.
     """
     before = tokenizer.encode(prompt, bos=False, eos=False)
     both = tokenizer.encode(prompt + output, bos=False, eos=False)

@@ -27,6 +27,7 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 40, 41, 42, 43
 UNK_PIECE, BOS_PIECE, EOS_PIECE, PAD_PIECE = 45, 46, 47, 48
 NORMALIZER_NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 1, 3, 4
 BPE = 2
+NO_TOKEN = "<no such token>"
 
 
 def tokenizer_files(meta: dict, vocab_size: int) -> dict[str, bytes]:
@@ -74,9 +75,10 @@ def _sentencepiece_model(meta: dict, tokens: list[str], types: list[int]) -> byt
         (EOS_ID, EOS_PIECE, eos_id),
         (PAD_ID, PAD_PIECE, pad_id),
     ):
-        # SentencePiece finds these tokens by their text; none has the empty text.
+        # SentencePiece finds these tokens by their text, and takes <s>, </s>, <pad> for an empty one.
+        text = NO_TOKEN if token_id is None else tokens[token_id]
         trainer.append(_field(id_field, -1 if token_id is None else token_id))
-        trainer.append(_field(piece_field, b"" if token_id is None else tokens[token_id].encode()))
+        trainer.append(_field(piece_field, text.encode()))
         # It takes control tokens alone, which a text can never hold.
         if token_id not in (None, unk_id):
             types[token_id] = CONTROL

@@ -27,7 +27,7 @@ from llama.tokenizer import Tokenizer
 SHORT_ANSWERS = REPO / "datasets" / "short_answers.json"
 BEGINNING = "Below is an instruction that describes a task"
 ENDING = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-OUTPUTS = ("In short: yes.", "", " spaced", "\nnext line", "1 + 1 = 2", "北京 🦙", ")", ":-)")
+OUTPUTS = ("In short: yes.", "", " spaced", "\nnext line", "1 + 1 = 2", "北京 🦙", ")")
 
 
 class ByteTokenizer:
@@ -208,7 +208,7 @@ def test_prompt_ids_are_those_that_generation_feeds(kind, request, tmp_path):
     dataset = tokenize_dataset(path, tokenizer, 512)
     assert dataset.column_names == ["input_ids", "labels"]
     assert len(dataset) == len(rows)
-    for (instruction, output, extra), row in zip(rows, dataset):
+    for (instruction, _, extra), row in zip(rows, dataset):
         prompt = tokenizer.encode(alpaca_prompt(instruction, extra), bos=True)
         assert row["input_ids"][: len(prompt)] == prompt
         response = row["input_ids"][len(prompt) :]
@@ -245,14 +245,17 @@ def test_a_token_across_prompt_and_response_is_not_used(tmp_path):
     assert learned(row) == [*b") ", 258, tokenizer.eos_id]
 
 
-def test_tiktoken_merges_across_the_boundary_and_the_prompt_wins(tiktoken, tmp_path):
+@pytest.mark.parametrize(("kind", "output"), [("sentencepiece", ":-)"), ("tiktoken", "\nnext")])
+def test_a_response_that_merges_with_the_prompt_is_encoded_alone(kind, output, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
     prompt = alpaca_prompt("Say it")
-    merged = tiktoken.encode(prompt + "\nnext line", bos=True)
-    prompt_ids = tiktoken.encode(prompt, bos=True)
+    prompt_ids = tokenizer.encode(prompt, bos=True)
+    merged = tokenizer.encode(prompt + output, bos=True)
     assert merged[: len(prompt_ids)] != prompt_ids  # else this test shows nothing
-    path = write_rows(tmp_path / "rows.json", ("Say it", "\nnext line"))
-    row = tokenize_dataset(path, tiktoken, 512)[0]
-    alone = tiktoken.encode("\nnext line", bos=False, eos=True)
+    row = tokenize_dataset(write_rows(tmp_path / "rows.json", ("Say it", output)), tokenizer, 512)[
+        0
+    ]
+    alone = tokenizer.encode(output, bos=False, eos=True)
     assert row["input_ids"] == prompt_ids + alone
     assert learned(row) == alone
 
