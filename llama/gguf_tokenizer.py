@@ -75,7 +75,7 @@ def _sentencepiece_model(meta: dict, tokens: list[str], types: list[int]) -> byt
         (EOS_ID, EOS_PIECE, eos_id),
         (PAD_ID, PAD_PIECE, pad_id),
     ):
-        # SentencePiece finds these tokens by their text, and takes <s>, </s>, <pad> for an empty one.
+        # SentencePiece finds these tokens by their text, and takes an empty one for its default.
         text = NO_TOKEN if token_id is None else tokens[token_id]
         trainer.append(_field(id_field, -1 if token_id is None else token_id))
         trainer.append(_field(piece_field, text.encode()))
