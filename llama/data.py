@@ -128,9 +128,9 @@ def split_dataset(
         )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
-    # keep_in_memory: the library would write the choice beside a cached dataset, on every rank.
-    held_out = dataset.select(order[:val_set_size], keep_in_memory=True)
-    return dataset.select(order[val_set_size:], keep_in_memory=True), held_out
+    # Not the library's own shuffle or split: on a cached dataset those write files beside it, and
+    # every rank does this.
+    return dataset.select(order[val_set_size:]), dataset.select(order[:val_set_size])
 
 
 @dataclass
@@ -247,7 +247,8 @@ def _tokenize_rows(
         if len(prompt_ids) >= max_seq_len:
             shortest = min(shortest or len(prompt_ids), len(prompt_ids))
             continue
-        ids = prompt_ids + _response_ids(tokenizer, prompt, row["output"]) + [tokenizer.eos_id]
+        response_ids = _response_ids(tokenizer, prompt, prompt_ids, row["output"])
+        ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
         cut += len(ids) > max_seq_len
         labels = ids if train_on_inputs else [IGNORE] * len(prompt_ids) + ids[len(prompt_ids) :]
         # As int32 arrays: lists of Python's integers take ten times the memory.
@@ -271,7 +272,7 @@ def _tokenize_rows(
     return Dataset.from_dict(columns, features=features), "; ".join(notes)
 
 
-def _response_ids(tokenizer: Encoder, prompt: str, output: str) -> list[int]:
+def _response_ids(tokenizer: Encoder, prompt: str, prompt_ids: list[int], output: str) -> list[int]:
     """Tokens of a response as the model would write them after the prompt's own tokens.
 
     Generation is fed encode(prompt), so no token may span the two. Nor is a response by itself
@@ -280,10 +281,9 @@ def _response_ids(tokenizer: Encoder, prompt: str, output: str) -> list[int]:
     merges with the response's first (":" with another ":", or in a byte-level vocabulary with a
     line end) is the response encoded alone, which may give it a space.
     """
-    before = tokenizer.encode(prompt, bos=False, eos=False)
-    both = tokenizer.encode(prompt + output, bos=False, eos=False)
-    if both[: len(before)] == before:
-        return both[len(before) :]
+    both = tokenizer.encode(prompt + output, bos=True, eos=False)
+    if both[: len(prompt_ids)] == prompt_ids:
+        return both[len(prompt_ids) :]
     return tokenizer.encode(output, bos=False, eos=False)
 
 
@@ -291,7 +291,7 @@ def _cache_key(data: bytes, tokenizer: Encoder, max_seq_len: int, train_on_input
     identity = {
         "version": CACHE_VERSION,
         "file": hashlib.sha256(data).hexdigest(),
-        "probe": tokenizer.encode(PROBE, bos=True, eos=True),
+        "probe": tokenizer.encode(PROBE, bos=True, eos=False),
         "n_words": tokenizer.n_words,
         "eos_id": tokenizer.eos_id,
         "max_seq_len": max_seq_len,

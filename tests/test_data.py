@@ -511,6 +511,13 @@ def test_a_damaged_cache_is_made_again(cached, how):
     assert cached()[1] == PROBES
 
 
+def test_a_file_that_the_library_adds_is_no_damage(cached):
+    (folder,) = cached.folder.iterdir()
+    cached()[0].map(lambda row: {"length": len(row["labels"])})
+    assert len(list(folder.glob("*.arrow"))) == 2  # map() keeps its result there
+    assert cached()[1] == PROBES
+
+
 def test_a_failed_write_leaves_no_trace(cached, monkeypatch):
     import datasets
 
