@@ -16,6 +16,9 @@ import torch
 import transformers
 from conftest import TOKENIZERS, hf_model, make_params, package_file, random_source
 from gguf import GGMLQuantizationType as Kind
+from tokenizers import Tokenizer as RustTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama import parallel
 from llama.checkpoint import Checkpoint, write_checkpoint
@@ -142,7 +145,7 @@ def rope_factors(factor, high_freq_factor=4.0, **changes):
             "original_max_position_embeddings": 8192,
         },
     )
-    scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / 5e5 ** (torch.arange(0, 64, 2) / 64)
     return {"rope_freqs.weight": (plain / scaled).numpy()}
 
@@ -327,6 +330,16 @@ def test_damaged_file_is_an_error_that_costs_nothing(tmp_path, content, small_me
     # Found in the header, and not by chance later: these files hold no model.
     assert "architecture" not in str(caught.value)
     assert "token_embd" not in str(caught.value)
+    assert "no Llama model" not in str(caught.value)
+
+
+def test_empty_strings_of_a_sparse_file_cost_nothing(tmp_path, small_memory):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(damaged(field(b"k", ARRAY, struct.pack("<IQ", STRING, 100_000_000))))
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ValueError, match="announces 100,000,000 strings"):
+        open_gguf(path)
 
 
 def test_undamaged_header_gets_past_the_checks_above(tmp_path):
@@ -436,7 +449,7 @@ def test_gpt2_cutting_equals_transformers(tmp_path, smollm2_meta, smollm2_refere
 
 def byte_level_vocabulary(n: int) -> dict:
     """GGUF metadata of Llama 3's first n tokens and 20 special ones behind them."""
-    printable = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    printable = bytes_to_unicode()
     lines = TOKENIZERS["tiktoken"][0].read_bytes().splitlines()[:n]
     ranks = {base64.b64decode(line.split()[0]): rank for rank, line in enumerate(lines)}
 
@@ -478,6 +491,32 @@ def test_llama3_ids_equal_tiktoken(tmp_path):
         assert tokenizer.encode(s, eos=True) == reference.encode(s, eos=True), s
         assert tokenizer.decode(tokenizer.encode(s)) == s
     assert tokenizer.encode("<|special_3|>", bos=False) != [n + 5]
+    rust = RustTokenizer.from_file(str(tmp_path / "json/tokenizer.json"))
+    assert rust.encode("a").ids == tokenizer.encode("a")  # other readers put bos in front too
+
+
+def test_eos_is_special_whatever_type_the_file_gives_it(tmp_path, sentencepiece_fields):
+    meta = byte_level_vocabulary(300)
+    meta["tokenizer.ggml.token_type"] = np.array([1] * 300 + [4] * 20)  # user-defined
+    tokenizer = tokenizer_in(tmp_path / "json", meta)
+    assert tokenizer.eos_id not in tokenizer.encode("<|end_of_text|>")
+    assert tokenizer.encode("<|special_3|>", bos=False) == [305]
+
+    types = sentencepiece_fields["tokenizer.ggml.token_type"].copy()
+    types[1:3] = 1  # normal
+    changed = sentencepiece_fields | {"tokenizer.ggml.token_type": types}
+    tokenizer = tokenizer_in(tmp_path / "sp", changed)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert not {1, 2} & set(tokenizer.encode("<s></s>", bos=False))
+
+
+def test_llama3_takes_a_word_that_is_a_token_unmerged(tmp_path):
+    meta = byte_level_vocabulary(300) | {"tokenizer.ggml.merges": []}
+    meta["tokenizer.ggml.token_type"] = np.array(meta["tokenizer.ggml.token_type"])
+    word = meta["tokenizer.ggml.tokens"].index("in")
+    assert tokenizer_in(tmp_path / "a", meta).encode("in", bos=False) == [word]
+    merging = tokenizer_in(tmp_path / "b", meta | {"tokenizer.ggml.pre": "gpt-2"})
+    assert len(merging.encode("in", bos=False)) == 2
 
 
 def sentencepiece_meta(**changes) -> dict:
