@@ -4,6 +4,7 @@ OMP_NUM_THREADS=2 python benchmarks/decode.py
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/decode.py
 """
 
+import collections
 import shutil
 import statistics
 import tempfile
@@ -18,7 +19,8 @@ from random_model import random_source
 
 from llama import LLaMA, parallel
 from llama.checkpoint import Checkpoint, write_checkpoint
-from llama.generation import load_model
+from llama.generation import Timing, load_model
+from llama.model import product
 
 PARAMS = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32000, "norm_eps": 1e-5}
 PROMPT_LEN, GEN_LEN, ROUNDS = 16, 64, 5
@@ -43,7 +45,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bare_products(model: torch.nn.Module) -> Callable[[], None]:
+def bare_products(model: torch.nn.Module, product: Callable) -> Callable[[], None]:
     """The matrix-vector products of one token with this rank's weights, and nothing else."""
     weights = [
         module.weight
@@ -54,16 +56,20 @@ def bare_products(model: torch.nn.Module) -> Callable[[], None]:
 
     def work() -> None:
         for weight, vector in zip(weights, vectors, strict=True):
-            F.linear(vector, weight)
+            product(vector, weight)
 
     return work
 
 
-def bare_collectives(model: torch.nn.Module, n: int) -> Callable[[], None]:
-    """The collectives of one token, of their number and size, and nothing else."""
+def bare_collectives(model: torch.nn.Module, n: int, layers_gather: bool) -> Callable[[], None]:
+    """The collectives of one token, of their number and size, and nothing else.
+
+    The two sums a layer by all_gather, as sum_over_ranks does, or by all_reduce, as fairscale does.
+    """
     args = model.args
     state, token = torch.zeros(1, args.dim), torch.zeros(1, dtype=torch.long)
     part, logits = torch.zeros(1, args.dim // n), torch.zeros(1, args.vocab_size // n)
+    states = [state.clone() for _ in range(n)]
     parts, all_logits = [part.clone() for _ in range(n)], [logits.clone() for _ in range(n)]
 
     def work() -> None:
@@ -71,7 +77,7 @@ def bare_collectives(model: torch.nn.Module, n: int) -> Callable[[], None]:
             return
         dist.all_gather(parts, part)
         for _ in range(2 * args.n_layers):
-            dist.all_reduce(state)
+            dist.all_gather(states, state) if layers_gather else dist.all_reduce(state)
         dist.all_gather(all_logits, logits)
         dist.broadcast(token, 0)
 
@@ -105,17 +111,26 @@ def main() -> None:
     model = load_model(Checkpoint(f"{folder}/ckpt"), device)
     generator = LLaMA(model, NoText(), max_seq_len=PROMPT_LEN + GEN_LEN)
     ids = list(range(1, PROMPT_LEN + 1))
+    times: dict[str, list[float]] = collections.defaultdict(list)
+
+    def generate() -> None:
+        generator.timing = Timing()
+        generator.generate([" ".join(map(str, ids))], GEN_LEN, temperature=0)
+        # the first of the tokens comes with the prompt
+        times["llama, a step"].append(generator.timing.generated_seconds / (GEN_LEN - 1))
+
     works = {
-        "llama": lambda: generator.generate([" ".join(map(str, ids))], GEN_LEN, temperature=0),
-        "bare products": bare_products(model),
-        "bare collectives": bare_collectives(model, n),
+        "llama": generate,
+        "torch F.linear": bare_products(model, F.linear),
+        "bare products": bare_products(model, product),
+        "bare collectives": bare_collectives(model, n, layers_gather=True),
+        "torch all_reduce": bare_collectives(model, n, layers_gather=False),
     }
     per_token = {"llama": GEN_LEN}
     if n == 1:
         works["transformers"] = hugging_face(ids, model)
         per_token["transformers"] = GEN_LEN
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 1):
         for name, work in works.items():
             repeats = 1 if name in per_token else GEN_LEN
 
@@ -126,16 +141,19 @@ def main() -> None:
             dist.barrier()
             with torch.inference_mode():
                 took = seconds(turn) / GEN_LEN
-            if round_ > 0:  # the first one warms up
-                times[name].append(took)
+            times[name].append(took)
     if parallel.rank() == 0:
-        median = {name: statistics.median(values) for name, values in times.items()}
+        # the first round warms up
+        median = {name: statistics.median(values[1:]) for name, values in times.items()}
         for name, value in median.items():
             print(f"{name:18} {value * 1e3:7.2f} ms a token")
-        bare = median["bare products"] + median["bare collectives"]
-        print(f"\n{n} rank(s), {torch.get_num_threads()} thread(s) each:")
-        print(f"  llama runs at {bare / median['llama']:.2f} of the bare work's speed", end="")
-        print(f" (a token takes {median['llama'] / bare:.2f} times as long)")
+        print(f"\n{n} rank(s), {torch.get_num_threads()} thread(s) each; a token of llama takes")
+        for products, collectives in (
+            ("bare products", "bare collectives"),
+            ("torch F.linear", "torch all_reduce"),
+        ):
+            ratio = median["llama, a step"] / (median[products] + median[collectives])
+            print(f"  {ratio:.2f} times {products} + {collectives}")
         if n == 1:
             ratio = median["transformers"] / median["llama"]
             print(f"  llama runs at {ratio:.2f} times transformers' speed")

@@ -15,6 +15,8 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+SMALL_SUM = 1 << 16  # elements over all ranks, below which latency and not bandwidth counts
+
 
 @dataclass
 class ModelArgs:
@@ -128,10 +130,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return super().forward(x)
-        output = F.linear(x, self.weight)  # without autograd's bookkeeping, which a token feels
-        if mpu.get_model_parallel_world_size() > 1:
-            dist.all_reduce(output, group=mpu.get_model_parallel_group())
-        return output
+        return sum_over_ranks(product(x, self.weight))
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +152,38 @@ def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> list[torc
     """
     if torch.is_grad_enabled():
         x = copy_to_model_parallel_region(x)
-    return [F.linear(x, layer.weight) for layer in layers]
+    return [product(x, layer.weight) for layer in layers]
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., in_features) times the transpose of weight (out_features, in_features).
+
+    For one row in float32 on a CPU, torch's kernel reads the weight with a single thread. Given as
+    a batch of slices, each thread reads its own: 1.6 times as fast on two cores.
+    """
+    threads = torch.get_num_threads()
+    one_row = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) == x.dim() - 1 == 1
+    if not one_row or threads == 1 or weight.shape[0] % threads or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    slices = weight.view(threads, -1, weight.shape[1]).transpose(1, 2)
+    return torch.bmm(x.expand(threads, 1, -1), slices).view(1, -1)
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's x, the same on each to the last bit. For inference only.
+
+    On a CPU, little is gathered and added up at home: for one token's states gloo's all_reduce
+    takes 2.5 times as long as its all_gather.
+    """
+    n, group = mpu.get_model_parallel_world_size(), mpu.get_model_parallel_group()
+    if n == 1:
+        return x
+    if x.device.type == "cpu" and x.numel() * n <= SMALL_SUM:
+        parts = x.new_empty((n, *x.shape))
+        dist.all_gather(list(parts.unbind(0)), x, group=group)
+        return parts.sum(0)
+    dist.all_reduce(x, group=group)
+    return x
 
 
 def rope_frequencies(args: ModelArgs) -> torch.Tensor:
@@ -206,7 +236,8 @@ class Attention(nn.Module):
             y.view(span.bsz, -1, y.shape[-1] // self.head_dim, self.head_dim)
             for y in column_parallel(x, self.wq, self.wk, self.wv)
         )  # (bsz, seqlen, n_local_heads, head_dim)
-        xq, xk = apply_rotary_emb(xq, span.freqs_cis), apply_rotary_emb(xk, span.freqs_cis)
+        rotated = apply_rotary_emb(torch.cat((xq, xk), dim=2), span.freqs_cis)
+        xq, xk = rotated.split((xq.shape[2], xk.shape[2]), dim=2)
         if cached is not None:
             keys, values = cached
             keys[span.written] = xk
@@ -313,9 +344,8 @@ class Transformer(nn.Module):
             span = self._whole_span(h, attention_mask)
         else:
             span = self._cached_span(h, cache, start_pos)
-        h = h.reshape(
-            -1, dim
-        )  # (bsz * seqlen, dim): products of matrices are leaner than of batches
+        # Products of matrices are leaner than of batches.
+        h = h.reshape(-1, dim)  # (bsz * seqlen, dim)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, span, use_reentrant=False)

@@ -135,8 +135,8 @@ if parallel.rank() == 0:
 def test_one_step_takes_two_collectives_a_layer_and_three_more(tmp_path, on_ranks):
     ckpt_dir = str(make_ckpt(tmp_path / "ckpt", n=2, vocab_size=512))
     calls = on_ranks(2, COUNT_CODE, ckpt_dir=ckpt_dir)
-    expected = ["all_gather"] + ["all_reduce"] * 2 * 2 + ["all_gather", "broadcast"]
-    assert calls == expected
+    # embedding, two a layer, logits, token; what the layers sum is gathered (see sum_over_ranks)
+    assert calls == ["all_gather"] * (1 + 2 * 2 + 1) + ["broadcast"]
 
 
 @pytest.mark.parametrize(
