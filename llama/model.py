@@ -212,7 +212,8 @@ class KVCache:
     def __init__(self, model: "Transformer", bsz: int, max_len: int) -> None:
         weight = model.norm.weight
         shape = (model.args.n_layers, 2, bsz, max_len, model.n_local_kv_heads, model.args.head_dim)
-        self.layers = torch.empty(shape, dtype=weight.dtype, device=weight.device).unbind(0)
+        # Zeros: what a row has not written yet is masked, but 0 times NaN would still be NaN.
+        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device).unbind(0)
         self.rows = torch.arange(bsz, device=weight.device)[:, None]  # (bsz, 1)
 
 

@@ -1,5 +1,6 @@
 """The ranks of a run: process group, device and backend, one voice, orderly failure."""
 
+import atexit
 import contextlib
 import functools
 import inspect
@@ -56,9 +57,18 @@ def setup() -> torch.device:
     else:
         _store, rank, size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
+    # gloo's threads must end before the interpreter does, or they abort it.
+    atexit.register(leave)
     mpu.print = lambda *_: None  # fairscale announces itself on stdout, where results belong
     mpu.initialize_model_parallel(size)
     return _device
+
+
+def leave() -> None:
+    """Leave the process group, if there is one; done at the end of every program that joined it."""
+    if dist.is_initialized():
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -127,7 +137,7 @@ def run(main: Callable[..., None]) -> None:
         main(**_parse_flags(main))
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
+            leave()
     except SystemExit:  # fire has answered, on rank 0
         if rank():
             time.sleep(SILENT_EXIT_DELAY)

@@ -37,6 +37,20 @@ def test_rows_of_a_mixed_batch_equal_each_alone(tmp_path, max_batch_size):
     assert together == alone
 
 
+def test_what_the_cache_held_before_is_never_seen(tmp_path, monkeypatch):
+    llama = build(tmp_path)
+    prompts = [PROMPTS[0], PROMPTS[2] * 3]  # of very different lengths
+    expected = llama.generate(prompts, max_gen_len=12, temperature=0)
+    allocate = torch.empty
+
+    def poisoned(*args, **kwargs):  # memory that is handed out again may hold NaN anywhere
+        memory = allocate(*args, **kwargs)
+        return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert llama.generate(prompts, max_gen_len=12, temperature=0) == expected
+
+
 def test_each_row_stops_at_its_own_end(tmp_path):
     llama = build(tmp_path)
     free = llama.generate(PROMPTS, max_gen_len=12, temperature=0)
