@@ -4,10 +4,8 @@ torchrun --nproc_per_node 4 example.py --ckpt_dir ckpts/7B_fs4 \
     --tokenizer_path ckpts/tokenizer.model
 """
 
-import time
-
 from llama import LLaMA, parallel
-from llama.demo import read_prompts, show_completions
+from llama.demo import Meter, read_prompts, show_completions
 
 
 def main(
@@ -38,7 +36,7 @@ def main(
         max_batch_size: prompts to run at once; more than that run in several batches.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
     """
-    start = time.perf_counter()
+    meter = Meter()
     prompts = read_prompts(prompts_file)
     generator = LLaMA.build(
         ckpt_dir,
@@ -50,7 +48,7 @@ def main(
     show_completions(
         generator,
         prompts,
-        load_seconds=time.perf_counter() - start,
+        meter,
         max_gen_len=max_gen_len,
         temperature=temperature,
         top_p=top_p,

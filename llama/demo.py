@@ -1,6 +1,7 @@
 """What the example scripts share: the prompts, and completions shown with their timings."""
 
 import json
+import time
 from pathlib import Path
 
 from llama import parallel
@@ -76,21 +77,28 @@ def _parse(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def show_completions(generator: LLaMA, prompts: list[str], load_seconds: float, **options) -> None:
+class Meter:
+    """Counts seconds and memory from the start of a script."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.memory = parallel.MemoryWatch(interval=0.05)
+
+
+def show_completions(generator: LLaMA, prompts: list[str], meter: Meter, **options) -> None:
     """Generate; print prompts and continuations on stdout, and what they took on stderr."""
+    load_seconds = time.perf_counter() - meter.start
     outputs = generator.generate(prompts, **options)
     if parallel.rank() == 0:
         for prompt, output in zip(prompts, outputs):
             print(f"{prompt}{output.text}\n\n==================================\n", flush=True)
     timing = generator.timing
-    peaks = ", ".join(
-        f"{peak / 1e6:.0f} MB" for peak in parallel.gather_objects(parallel.peak_memory())
-    )
+    peaks = parallel.gather_objects(meter.memory.device_peak())
     parallel.say(
         f"loaded in {load_seconds:.1f} s; "
         f"prompts {timing.prompt_tokens} tokens, "
         f"{timing.prompt_tokens / timing.prompt_seconds:.1f} tokens/s; "
         f"generated {timing.generated_tokens} tokens, "
         f"{timing.generated_tokens / timing.generated_seconds:.1f} tokens/s; "
-        f"peak memory by rank: {peaks}"
+        f"peak memory by rank: {', '.join(f'{peak / 1e6:.0f} MB' for peak in peaks)}"
     )

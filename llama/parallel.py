@@ -6,10 +6,12 @@ import functools
 import inspect
 import io
 import os
-import resource
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import fire
 import torch
@@ -120,11 +122,31 @@ class Stopwatch:
         return self.last - last
 
 
-def peak_memory() -> int:
-    """Bytes that this rank had at its peak: of its card, or resident without mapped files."""
-    if _device is not None and _device.type == "cuda":
-        return torch.cuda.max_memory_allocated(_device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class MemoryWatch(threading.Thread):
+    """Follows the peak of a process's anonymous resident memory, in bytes; no mapped files.
+
+    Pages of a mapped file are the kernel's to drop, so they are no memory that the process needs.
+    """
+
+    def __init__(self, pid: int | str = "self", interval: float = 0.01) -> None:
+        super().__init__(daemon=True)
+        self.status = Path(f"/proc/{pid}/status")
+        self.interval = interval
+        self.peak = 0
+        self.start()
+
+    def run(self) -> None:
+        # The file is empty or gone when the process is.
+        with contextlib.suppress(OSError):
+            while found := re.search(r"RssAnon:\s+(\d+) kB", self.status.read_text()):
+                self.peak = max(self.peak, int(found[1]) * 1024)
+                time.sleep(self.interval)
+
+    def device_peak(self) -> int:
+        """The peak of this rank's card where there is one, else of its memory."""
+        if _device is not None and _device.type == "cuda":
+            return torch.cuda.max_memory_allocated(_device)
+        return self.peak
 
 
 def run(main: Callable[..., None]) -> None:
