@@ -408,8 +408,11 @@ def _lay_out(
         path = str(folder / f"fs_consolidated.{i:02d}.pth")
         # Never touched, so these take address space but no memory.
         empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        with torch.serialization.skip_data():
-            torch.save(empty, path)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(empty, path)
+        except RuntimeError:  # how torch says that the system refused a write, and not why
+            raise OSError(f"{path}: cannot be written; is the disk full, or a limit set?") from None
         # A disk that fills up under a shared mapping would kill the process: take the space now.
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
