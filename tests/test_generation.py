@@ -16,16 +16,18 @@ def build(tmp_path, kind="sentencepiece", **options):
     return LLaMA.build(ckpt_dir, path, **({"max_seq_len": 64} | options))
 
 
-def test_greedy_equals_hugging_face(tmp_path):
-    llama = build(tmp_path)
-    reference = hf_model(random_source(make_params(vocab_size=32000, n_kv_heads=2)))
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_greedy_equals_hugging_face(tmp_path, kind):
+    llama = build(tmp_path, kind)
+    stop_ids = sorted(llama.tokenizer.stop_ids)
+    reference = hf_model(random_source(make_params(vocab_size=TOKENIZERS[kind][1], n_kv_heads=2)))
     for prompt in PROMPTS:
         ids = torch.tensor([llama.tokenizer.encode(prompt)])
         expected = reference.generate(
-            ids, do_sample=False, max_new_tokens=16, eos_token_id=[2], pad_token_id=0
+            ids, do_sample=False, max_new_tokens=16, eos_token_id=stop_ids, pad_token_id=0
         )[0, ids.shape[1] :].tolist()
         (output,) = llama.generate([prompt], max_gen_len=16, temperature=0)
-        assert output.token == [token for token in expected if token != 2]
+        assert output.token == [token for token in expected if token not in stop_ids]
 
 
 @pytest.mark.parametrize("max_batch_size", [32, 3])

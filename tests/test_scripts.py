@@ -40,6 +40,28 @@ def test_wrong_number_of_ranks_is_said_once_with_both_remedies(tmp_path):
     assert "split_model.py" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenizer_path", "nowhere"], "nowhere: no such tokenizer file"),
+        (["--prompts_file", "/dev/null"], "prompts"),
+        (["--temperature", "hot"], "--temperature wants float, not 'hot'"),
+        (["--dtype", "int3"], "--dtype must be one of"),
+        (["--max_seq_len", 4], "no room to generate"),
+        (["--max_batch_size", 0], "--max_batch_size must be at least 1"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line(tmp_path, flags, message):
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=VOCAB_SIZE)
+    options = {"--ckpt_dir": ckpt_dir, "--tokenizer_path": PATH, flags[0]: flags[1]}
+    result = run_script("example.py", *(part for item in options.items() for part in item))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
 def test_a_mistyped_flag_is_answered_once_before_any_work(tmp_path):
     result = run_script("example.py", "--ckptdir", "x", "--tokenizer_path", "y", n=2)
     assert result.returncode == 1
