@@ -22,6 +22,11 @@ from fairscale.nn.model_parallel import initialize as mpu
 # has something say it first.
 SILENT_EXIT_DELAY = 5.0
 
+_TORCHRUN = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
+
 _device: torch.device | None = None
 _store: dist.Store | None = None
 
@@ -71,6 +76,17 @@ def leave() -> None:
     if dist.is_initialized():
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def stand_alone() -> None:
+    """Hide torchrun's variables, so that the Trainer and accelerate see one process of one card.
+
+    They would take the ranks for data-parallel workers, give each other batches, and let DDP
+    overwrite every shard with rank 0's. The process group stays as setup made it.
+    """
+    for name in list(os.environ):
+        if name in _TORCHRUN or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
 
 
 def rank() -> int:

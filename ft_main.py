@@ -1,0 +1,139 @@
+r"""Prompt tuning of a model split over the ranks of a run.
+
+torchrun --nproc_per_node 4 ft_main.py --ckpt_dir ckpts/7B_fs4 \
+    --tokenizer_path ckpts/tokenizer.model --dataset_path datasets/alpaca_data.json \
+    --output_dir saved/alpaca
+"""
+
+from pathlib import Path
+
+import transformers
+
+from llama import LLaMA, parallel
+from llama.data import ALPACA_PREAMBLE, Collator, split_dataset, tokenize_dataset
+from llama.prompt_tuning import (
+    PromptTrainer,
+    add_soft_prompt,
+    find_resumable,
+    plot_losses,
+    save_adapter,
+)
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str,
+    dataset_path: str,
+    output_dir: str,
+    init_prompt: str = ALPACA_PREAMBLE,
+    num_virtual_tokens: int = 32,
+    num_epochs: float = 3.0,
+    max_steps: int = -1,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    lr: float = 1e-2,
+    warmup_steps: int = 10,
+    lr_scheduler: str = "cosine",
+    max_seq_len: int = 256,
+    max_grad_norm: float = 1.0,
+    val_set_size: int = 0,
+    eval_steps: int = 50,
+    save_steps: int = 50,
+    logging_steps: int = 10,
+    resume: bool = False,
+    train_on_inputs: bool = False,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    dtype: str | None = None,
+) -> None:
+    """Train a soft prompt on instructions; the model itself, split over the ranks, stays as it is.
+
+    Args:
+        ckpt_dir: folder with params.json and one shard a rank (see split_model.py).
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
+        dataset_path: JSON or JSON lines: instruction, output, and perhaps input.
+        output_dir: a new folder for the adapter, its checkpoints, the losses and their picture.
+        init_prompt: text whose embeddings the prompt starts from; "" starts at random ones.
+        num_virtual_tokens: length of the prompt.
+        num_epochs: passes over the data.
+        max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
+        batch_size: rows a step, the same ones on every rank.
+        gradient_accumulation_steps: batches whose gradients add up to one step.
+        lr: highest learning rate.
+        warmup_steps: steps over which the learning rate rises.
+        lr_scheduler: how it falls: cosine, linear, constant_with_warmup, ...
+        max_seq_len: longest prompt, instruction and answer together; longer rows are cut.
+        max_grad_norm: gradients are scaled down to this length.
+        val_set_size: rows held out for an evaluation loss.
+        eval_steps: steps between evaluations.
+        save_steps: steps between checkpoints that --resume can go on from.
+        logging_steps: steps between logged losses.
+        resume: go on from the newest checkpoint in output_dir.
+        train_on_inputs: learn the instructions too, not the answers alone.
+        gradient_checkpointing: compute activations twice rather than hold them.
+        seed: of the order of rows, the rows held out and a random start.
+        dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+    """
+    if num_virtual_tokens < 1 or num_virtual_tokens >= max_seq_len:
+        raise ValueError(
+            f"--num_virtual_tokens {num_virtual_tokens} must be at least 1 and leave room in "
+            f"--max_seq_len {max_seq_len}"
+        )
+    out = Path(output_dir)
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: holds another run; choose another folder, or --resume that run")
+    llama = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len=max_seq_len, dtype=dtype)
+    tokenizer = llama.tokenizer
+    rows = tokenize_dataset(
+        dataset_path,
+        tokenizer,
+        max_seq_len - num_virtual_tokens,
+        train_on_inputs=train_on_inputs,
+        cache_dir=out / "tokenized",
+    )
+    train_rows, eval_rows = split_dataset(rows, val_set_size, seed)
+    parallel.stand_alone()
+    transformers.logging.set_verbosity_error()  # it warns of what stand_alone does
+    arguments = transformers.TrainingArguments(
+        output_dir=output_dir,
+        num_train_epochs=num_epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=lr,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type=lr_scheduler,
+        max_grad_norm=max_grad_norm,
+        eval_strategy="steps" if eval_rows is not None else "no",
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        logging_steps=logging_steps,
+        seed=seed,
+        use_cpu=llama.device.type == "cpu",
+        prediction_loss_only=True,
+        report_to="none",
+    )
+    transformers.set_seed(seed)
+    init_ids = tokenizer.encode(init_prompt, bos=False) if init_prompt else None
+    llama.model.gradient_checkpointing = gradient_checkpointing
+    model = add_soft_prompt(llama.model, num_virtual_tokens, init_ids, ckpt_dir)
+    trainer = PromptTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=Collator(tokenizer.pad_id),
+    )
+    trainer.train(resume_from_checkpoint=find_resumable(out, model) if resume else None)
+    if eval_rows is not None:
+        trainer.evaluate()
+    if parallel.rank() == 0:
+        save_adapter(model, out)
+        trainer.save_state()
+        plot_losses(trainer.state.log_history, out / "loss.png")
+        print(f"{out}: generate with it by example_ft.py --tuning_ckpt_path {out}")
+
+
+if __name__ == "__main__":
+    parallel.run(main)
