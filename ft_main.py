@@ -79,6 +79,9 @@ def main(
             f"--num_virtual_tokens {num_virtual_tokens} must be at least 1 and leave room in "
             f"--max_seq_len {max_seq_len}"
         )
+    schedules = [schedule.value for schedule in transformers.SchedulerType]
+    if lr_scheduler not in schedules:
+        raise ValueError(f"--lr_scheduler must be one of {', '.join(schedules)}")
     out = Path(output_dir)
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: holds another run; choose another folder, or --resume that run")
@@ -106,6 +109,7 @@ def main(
         lr_scheduler_type=lr_scheduler,
         max_grad_norm=max_grad_norm,
         eval_strategy="steps" if eval_rows is not None else "no",
+        eval_on_start=eval_rows is not None,  # the loss before tuning, to compare with
         eval_steps=eval_steps,
         save_steps=save_steps,
         logging_steps=logging_steps,
@@ -126,8 +130,8 @@ def main(
         data_collator=Collator(tokenizer.pad_id),
     )
     trainer.train(resume_from_checkpoint=find_resumable(out, model) if resume else None)
-    if eval_rows is not None:
-        trainer.evaluate()
+    if eval_rows is not None and "eval_loss" not in trainer.state.log_history[-2]:
+        trainer.evaluate()  # the last step was not one of those evaluated
     if parallel.rank() == 0:
         save_adapter(model, out)
         trainer.save_state()
