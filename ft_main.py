@@ -130,12 +130,14 @@ def main(
         data_collator=Collator(tokenizer.pad_id),
     )
     trainer.train(resume_from_checkpoint=find_resumable(out, model) if resume else None)
-    if eval_rows is not None and "eval_loss" not in trainer.state.log_history[-2]:
-        trainer.evaluate()  # the last step was not one of those evaluated
+    state = trainer.state
+    evaluated = {row["step"] for row in state.log_history if "eval_loss" in row}
+    if eval_rows is not None and state.global_step not in evaluated:
+        trainer.evaluate()
     if parallel.rank() == 0:
         save_adapter(model, out)
         trainer.save_state()
-        plot_losses(trainer.state.log_history, out / "loss.png")
+        plot_losses(state.log_history, out / "loss.png")
         print(f"{out}: generate with it by example_ft.py --tuning_ckpt_path {out}")
 
 
