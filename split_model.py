@@ -16,6 +16,8 @@ def main(ckpt_dir: str, n: int, out_dir: str | None = None, dtype: str | None = 
         out_dir: folder to write, by default the name of ckpt_dir with _fs and n behind it.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
     """
+    if parallel.rank():  # one process does it, also where torchrun started several
+        return
     wanted = parse_dtype(dtype)
     out_dir = out_dir or f"{ckpt_dir.rstrip('/')}_fs{n}"
     write_checkpoint(Checkpoint(ckpt_dir).source(), out_dir, n, wanted)

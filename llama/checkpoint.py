@@ -1,12 +1,13 @@
 """What a checkpoint folder is: the shard table; open, check, cut, merge and write."""
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ SHARD_DIMS = {
     "norm": None,
     "output": 0,
 }
-SURPLUS = "rope.freqs"  # in some of Meta's files; recomputed, so not read
+SURPLUS = "rope.freqs"  # in Meta's files, in Llama 1's once a layer; recomputed, so not read
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -145,7 +146,9 @@ class Checkpoint:
         # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
         by_vocab = (self.args.vocab_size // self.n, self.args.dim)
         self._embedding_dim = int(tuple(first["tok_embeddings.weight"].shape) != by_vocab)
-        self._shards[0] = self._checked(0, first)
+        self._checked(0, first)
+        if self.n == 1:
+            self._shards[0] = first
 
     def _model_args(self, shard: dict[str, torch.Tensor]) -> ModelArgs:
         where = self.dir / "params.json"
@@ -180,14 +183,14 @@ class Checkpoint:
         return self._shards[i]
 
     def _checked(self, i: int, shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The shard, if it is what params.json says."""
         path = self.paths[i]
-        shard.pop(SURPLUS, None)
         missing, unknown = self.shapes.keys() - shard.keys(), shard.keys() - self.shapes.keys()
         if missing or unknown:
             raise ValueError(
                 f"{path}: "
                 + "; ".join(
-                    f"{what} {_few(names)}"
+                    f"{what} {first_few(sorted(names))}"
                     for what, names in (("missing weights", missing), ("unknown", unknown))
                     if names
                 )
@@ -244,9 +247,10 @@ class Checkpoint:
         return Source(params, self.shapes, self.dtype, self.read, files)
 
 
-def _few(names: set[str], most: int = 4) -> str:
-    shown = ", ".join(sorted(names)[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+def first_few(items: Sequence[str], sep: str = ", ") -> str:
+    """The first few of many items, with the number of the others, for one line of a message."""
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return sep.join(items[:4]) + more
 
 
 def _read_params(ckpt_dir: Path) -> dict:
@@ -320,11 +324,16 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     )
     if not plain:
         raise ValueError(f"{path}: not a checkpoint: it should be a dict of names and tensors")
-    shard = {name: weight.detach() for name, weight in shard.items()}
-    # A tensor can claim more elements than it has bytes (stride 0): nothing may be sized by it.
-    claimed = sum(weight.numel() * weight.element_size() for weight in shard.values())
-    if claimed > path.stat().st_size or any(w.layout != torch.strided for w in shard.values()):
-        raise ValueError(f"{path}: damaged: its tensors claim more bytes than the file has")
+    shard = {
+        name: weight.detach()
+        for name, weight in shard.items()
+        if name != SURPLUS and not name.endswith(f".{SURPLUS}")
+    }
+    for name, weight in shard.items():
+        # A tensor can claim more elements than it has bytes (stride 0): nothing may be sized by it.
+        strided = weight.layout == torch.strided
+        if not strided or weight.nbytes > weight.untyped_storage().nbytes():
+            raise ValueError(f"{path}: damaged: {name} claims more bytes than it has")
     return shard
 
 
@@ -373,10 +382,17 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir}: already there and not empty; remove it or choose another")
     folder = out_dir.parent / f".{out_dir.name}.partial"
-    if folder.exists():  # of a run that was killed
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    new_parents = [parent for parent in out_dir.parents if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{out_dir}: another run is writing it; wait for that one") from None
+    try:
+        for path in folder.iterdir():  # of a run that was killed
+            path.unlink()
         yield folder
         for path in [*folder.iterdir(), folder]:
             _fsync(path)
@@ -384,7 +400,12 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
         _fsync(out_dir.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
+    finally:
+        os.close(lock)
 
 
 def _fsync(path: Path) -> None:

@@ -54,11 +54,12 @@ def read_prompts(path: str | None) -> list[str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such prompts file")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also cuts at characters that a prompt may hold.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     if Path(path).suffix != ".jsonl":
-        prompts = [line for line in lines if line.strip()]
+        prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     else:
         prompts = [_parse(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not prompts:

@@ -3,10 +3,10 @@
 import contextlib
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llama.checkpoint import weight_shapes
+from llama.checkpoint import first_few, weight_shapes
 from llama.model import ModelArgs
 
 LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
@@ -19,12 +19,6 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except ValueError as err:
         raise ValueError(f"{path}: {err}") from err
-
-
-def first_few(items: Sequence[str], sep: str = ", ") -> str:
-    """The first few of many items, with the number of the others, for one line of a message."""
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return sep.join(items[:4]) + more
 
 
 def positive_int(config: dict, key: str, default: int | None = None) -> int:

@@ -89,7 +89,7 @@ class LLaMA:
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
-        _check_sampling(max_gen_len, temperature, top_p)
+        check_sampling(max_gen_len, temperature, top_p, seed)
         encoded = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
         self._check_lengths(prompts, encoded)
         generator = torch.Generator(self.device)
@@ -205,7 +205,8 @@ def load_model(
         raise ValueError(
             f"{ckpt.dir}: {ckpt.n} shards, but {n} ranks are running. Run one rank a shard "
             f"(torchrun --nproc_per_node {ckpt.n} …), or cut it anew: "
-            f"python split_model.py --ckpt_dir {ckpt.dir} --n {n}"
+            f"python split_model.py --ckpt_dir {ckpt.dir} --n {n} "
+            f"(n may be {', '.join(map(str, ckpt.args.valid_shard_counts()))})"
         )
     model = Transformer(ckpt.args)
     state = {
@@ -233,16 +234,21 @@ def sample(
     """One id a row of logits (bsz, vocab_size): the likeliest at temperature 0, else at random."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, ids = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    # From the greatest down, so that a temperature near 0 divides into no infinity.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probs, ids = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
     # A token stays while those before it do not yet sum to top_p: the first one always does.
     probs[probs.cumsum(dim=-1) - probs > top_p] = 0
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
-def _check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
+def check_sampling(max_gen_len: int, temperature: float, top_p: float, seed: int | None) -> None:
+    """Raise ValueError, naming the flag, for what generate cannot take."""
     if max_gen_len < 1:
         raise ValueError(f"--max_gen_len must be at least 1, not {max_gen_len}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"--temperature must be 0 (greedy) or more, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top_p must be above 0 and at most 1, not {top_p}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {seed}")

@@ -12,11 +12,10 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from llama.checkpoint import Source, weight_shapes
+from llama.checkpoint import Source, first_few, weight_shapes
 from llama.formats import (
     check_shapes,
     ffn_params,
-    first_few,
     meta_names,
     naming,
     positive_int,

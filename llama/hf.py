@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama.checkpoint import Source, role, weight_shapes
+from llama.checkpoint import Source, first_few, role, weight_shapes
 from llama.formats import (
     check_shapes,
     ffn_params,
-    first_few,
     meta_names,
     naming,
     positive_int,

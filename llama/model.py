@@ -339,7 +339,10 @@ class Transformer(nn.Module):
 
         With a cache, row i covers positions start_pos[i] onward, and sees what is cached before.
         """
-        h = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            h = self.tok_embeddings(input_ids)
+        else:
+            h = inputs_embeds.to(self.norm.weight.dtype)
         bsz, seqlen, dim = h.shape
         if cache is None:
             span = self._whole_span(h, attention_mask)

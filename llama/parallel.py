@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from fairscale.nn.model_parallel import initialize as mpu
 # has something say it first.
 SILENT_EXIT_DELAY = 5.0
 
+LOST_PEER = (  # as gloo and nccl word it
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    "remote process exited",
+)
 _TORCHRUN = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
@@ -41,10 +46,10 @@ def setup() -> torch.device:
     if _device is not None:
         return _device
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    n_cards = torch.cuda.device_count()
-    if 0 < n_cards <= local_rank:
+    n_cards, n_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < n_cards < n_here:
         raise ValueError(
-            f"this machine shows {n_cards} cards, but rank {local_rank} wants one of its own: "
+            f"this machine shows {n_cards} cards, but {n_here} ranks want one each: "
             f"run torchrun with --nproc_per_node {n_cards}, or hide the cards with "
             "CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
@@ -52,8 +57,9 @@ def setup() -> torch.device:
         # A rank that sees one card cannot take another's, whatever library it runs.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_cards)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
-        # The driver may have read the variable before: then all cards are still there.
-        index = 0 if torch.cuda.device_count() == 1 else local_rank
+        # The driver may have read the variable before: then all cards are still there. Only the
+        # driver knows; torch.cuda.device_count() reads the variable anew.
+        index = 0 if torch._C._cuda_getDeviceCount() == 1 else local_rank
         _device = torch.device("cuda", index)
         torch.cuda.set_device(_device)
     else:
@@ -63,7 +69,8 @@ def setup() -> torch.device:
         _store, rank, size = next(dist.rendezvous("env://"))
     else:
         _store, rank, size = dist.HashStore(), 0, 1
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
+    card = _device if _device.type == "cuda" else None  # known, nccl connects and fails early
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, device_id=card)
     # gloo's threads must end before the interpreter does, or they abort it.
     atexit.register(leave)
     mpu.print = lambda *_: None  # fairscale announces itself on stdout, where results belong
@@ -168,7 +175,8 @@ class MemoryWatch(threading.Thread):
 def run(main: Callable[..., None]) -> None:
     """Run a script: its signature is its command line, and it ends in one voice.
 
-    What the user got wrong (ValueError, OSError) becomes one line on stderr and exit code 1.
+    What the user got wrong (ValueError, OSError) or the machine cannot give becomes one line on
+    stderr and exit code 1.
     When a rank fails, whichever is first to know says so; torchrun then ends the others.
     """
     try:
@@ -180,30 +188,47 @@ def run(main: Callable[..., None]) -> None:
         if rank():
             time.sleep(SILENT_EXIT_DELAY)
         raise
-    except (ValueError, OSError) as error:
-        _end_in_one_voice(f"error: {error}")
-    except RuntimeError as error:
-        if not _is_lost_peer(error):
+    except Exception as error:
+        message = _explain(error)
+        if message is None and world_size() == 1:
             raise
-        _end_in_one_voice(
-            "error: another rank ended before its time, so this run cannot go on; "
-            "torchrun's report below says which"
+        _end_in_one_voice(message or traceback.format_exc())
+
+
+def _explain(error: Exception) -> str | None:
+    """The line for a failure that is no fault of the program's; None for one that may be."""
+    text = str(error)
+    if isinstance(error, ValueError | OSError | ImportError):
+        return f"error: {text}"
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if out_of_memory or "can't allocate memory" in text:
+        return (
+            f"error: out of memory ({text.splitlines()[0] if text else 'in Python'}); lower "
+            "--max_batch_size, --max_seq_len or --batch_size, take --dtype bfloat16, or cut the "
+            "checkpoint into more shards"
         )
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error")
-    return any(sign in str(error) for sign in lost)
+    if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
+        return (
+            "error: another rank ended before its time, so this run cannot go on; torchrun's "
+            f"report below says which ({text.splitlines()[-1].strip()})"
+        )
+    return None
 
 
 def _end_in_one_voice(message: str) -> None:
-    # Before the process group all ranks meet the same error. After it, one may be alone with its
-    # own; torchrun's store, which outlives any rank, tells who is first.
-    first = rank() == 0
     if _store is not None:
+        # torchrun's store outlives any rank, and tells which of several is the first.
+        first = True
         with contextlib.suppress(dist.DistError):
             first = _store.add("llama/ended", 1) == 1
-    if first:
+        speaks = first
+    else:
+        # Without the process group all ranks mostly meet the same error, and rank 0 says it. When
+        # it does not, nothing ends the others while they wait.
+        speaks = True
+        if rank():
+            time.sleep(SILENT_EXIT_DELAY)
+    if speaks:
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(SILENT_EXIT_DELAY)
@@ -224,24 +249,43 @@ def _parse_flags(main: Callable[..., None]) -> dict:
     # Every rank parses the same line; one of them answers a mistake in it.
     quiet = contextlib.redirect_stderr(io.StringIO()) if rank() else contextlib.nullcontext()
     with quiet:
-        fire.Fire(take, command=[_spell(argument, parameters) for argument in sys.argv[1:]])
+        fire.Fire(take, command=_spell(sys.argv[1:], parameters))
     return {name: _typed(name, value, parameters[name].annotation) for name, value in given.items()}
 
 
-def _spell(argument: str, parameters: Mapping[str, inspect.Parameter]) -> str:
-    """The flag --from means the parameter from_, since Python keeps the word for itself."""
-    flag, equals, value = argument.partition("=")
-    if flag.startswith("--") and f"{flag[2:]}_" in parameters:
-        return f"{flag}_{equals}{value}"
-    return argument
+def _spell(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The command line in fire's terms.
+
+    --from means the parameter from_, since Python keeps that word for itself; and the value of a
+    text is quoted, or fire would make a number of the folder 1.10 and a tuple of "one, two".
+    """
+    spelt, text_follows = [], False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--"):
+            spelt.append(repr(argument) if text_follows else argument)
+            text_follows = False
+            continue
+        name = flag[2:].replace("-", "_")
+        name = name if name in parameters else f"{name}_" * (f"{name}_" in parameters)
+        is_text = bool(name) and str in _allowed(parameters[name].annotation)
+        text_follows = is_text and not equals
+        if equals and is_text:
+            value = repr(value)
+        spelt.append(f"--{name}{equals}{value}" if name else argument)
+    return spelt
 
 
-def _typed(name: str, value: object, wanted: type) -> object:
-    """The value of a flag, if it is of its parameter's type; a folder may be named 7."""
-    allowed = getattr(wanted, "__args__", (wanted,))
+def _allowed(annotation: object) -> tuple[type, ...]:
+    return getattr(annotation, "__args__", (annotation,))
+
+
+def _typed(name: str, value: object, annotation: object) -> object:
+    """The value of a flag, if it is of its parameter's type."""
+    allowed = _allowed(annotation)
     if type(value) in allowed or (float in allowed and type(value) is int):
         return value
-    if str in allowed and type(value) in (int, float):
+    if str in allowed and type(value) in (int, float):  # given by place and not by name
         return str(value)
     kinds = " or ".join(t.__name__ for t in allowed if t is not type(None))
     raise ValueError(f"--{name.rstrip('_')} wants {kinds}, not {value!r}")
