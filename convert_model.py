@@ -4,8 +4,9 @@ python convert_model.py --from model.gguf --out_dir ckpts/NAME
 """
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, parse_dtype, write_checkpoint
+from llama.checkpoint import Checkpoint, parse_dtype
 from llama.hf import open_any
+from llama.reshard import write_checkpoint
 
 
 def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None:

@@ -1,28 +1,62 @@
-"""Cut a checkpoint in Meta's format into n shards, one a rank.
+"""Cut a checkpoint in Meta's format into n shards, one a rank; or check that it is whole.
 
 python split_model.py --ckpt_dir ckpts/7B --n 4
+python split_model.py --ckpt_dir ckpts/7B_fs4 --verify
 """
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, parse_dtype, write_checkpoint
+from llama.checkpoint import Checkpoint, compare, parse_dtype
+from llama.reshard import plan, write_checkpoint
 
 
-def main(ckpt_dir: str, n: int, out_dir: str | None = None, dtype: str | None = None) -> None:
-    """Cut a checkpoint of any number of shards into n, in a new folder.
+def main(
+    ckpt_dir: str,
+    n: int | None = None,
+    out_dir: str | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+    max_seq_len: int = 512,
+    max_batch_size: int = 32,
+) -> None:
+    """Cut a checkpoint of any number of shards into n, in a new folder; or check that it is whole.
 
     Args:
         ckpt_dir: folder with params.json and consolidated.*.pth or fs_consolidated.*.pth.
         n: how many shards to write; 1 merges.
         out_dir: folder to write, by default the name of ckpt_dir with _fs and n behind it.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        verify: read everything again and check it: what was cut against ckpt_dir, or without n
+            ckpt_dir alone, or ckpt_dir against out_dir.
+        dry_run: write nothing, but show what would be written and what each rank needs to run.
+        max_seq_len: of the cache that dry_run counts.
+        max_batch_size: of the cache that dry_run counts.
     """
     if parallel.rank():  # one process does it, also where torchrun started several
         return
+    if n is None and not verify:
+        raise ValueError("--n is needed: how many shards to write (or --verify, to check a folder)")
     wanted = parse_dtype(dtype)
-    out_dir = out_dir or f"{ckpt_dir.rstrip('/')}_fs{n}"
-    write_checkpoint(Checkpoint(ckpt_dir).source(), out_dir, n, wanted)
-    print(f"{out_dir}: {n} shards. Generate: torchrun --nproc_per_node {n} example.py "
-          f"--ckpt_dir {out_dir} --tokenizer_path …")  # fmt: skip
+    ckpt = Checkpoint(ckpt_dir)
+    if dry_run:
+        print(plan(ckpt, n or ckpt.n, wanted, max_seq_len, max_batch_size))
+        return
+    if n is not None:
+        out_dir = out_dir or f"{ckpt_dir.rstrip('/')}_fs{n}"
+        write_checkpoint(ckpt.source(), out_dir, n, wanted)
+        print(f"{out_dir}: {n} shards. Generate: torchrun --nproc_per_node {n} example.py "
+              f"--ckpt_dir {out_dir} --tokenizer_path …")  # fmt: skip
+    if verify and out_dir is None:
+        ckpt.verify()
+        print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
+    elif verify:
+        out = Checkpoint(out_dir)
+        if wanted in (None, ckpt.dtype):
+            compare(ckpt, out)
+            print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}")
+        else:
+            out.verify()
+            print(f"{out_dir}: {out.what_was_verified()}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import transformers
 from random_model import random_source
 
 from llama import LLaMA, parallel
-from llama.checkpoint import Checkpoint, write_checkpoint
+from llama.checkpoint import Checkpoint
 from llama.generation import Timing, load_model
 from llama.model import product
+from llama.reshard import write_checkpoint
 
 PARAMS = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32000, "norm_eps": 1e-5}
 PROMPT_LEN, GEN_LEN, ROUNDS = 16, 64, 5

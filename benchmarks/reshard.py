@@ -16,7 +16,7 @@ import torch
 from random_model import random_source
 
 from llama import parallel
-from llama.checkpoint import write_checkpoint
+from llama.reshard import write_checkpoint
 
 SMALL = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 26000}
 BILLION = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000}
@@ -27,6 +27,7 @@ UPSTREAM = """
 import sys, torch
 from pathlib import Path
 from llama.checkpoint import cut_of, SHARD_DIMS
+from llama.reshard import write_checkpoint
 from llama.model import ModelArgs
 import json
 source, out, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

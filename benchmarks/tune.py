@@ -18,9 +18,10 @@ import transformers
 from random_model import random_source
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, write_checkpoint
+from llama.checkpoint import Checkpoint
 from llama.generation import load_model
 from llama.prompt_tuning import add_soft_prompt
+from llama.reshard import write_checkpoint
 
 # SmolLM2-135M's shape
 PARAMS = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152}

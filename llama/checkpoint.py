@@ -1,20 +1,16 @@
-"""What a checkpoint folder is: the shard table; open, check, cut, merge and write."""
+"""What a checkpoint folder is: the shard table; open, check, read any part of it, verify."""
 
-import contextlib
-import fcntl
+import dataclasses
 import json
-import mmap
-import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from llama import parallel
+from llama import manifest, parallel
+from llama.manifest import Manifest, content_hash, sha256_of_tiles
 from llama.model import ModelArgs
 
 # Dimension of the PyTorch weight (out_features, in_features) that is cut; None: every shard holds
@@ -50,6 +46,15 @@ class Source:
     dtype: torch.dtype
     read: Callable[[str], torch.Tensor]
     files: dict[str, bytes] = field(default_factory=dict)  # for the folder beside: the tokenizer
+    read_part: Callable[[str, int, int, int], torch.Tensor] | None = None  # see Checkpoint.read
+    check: Callable[[str, list[bytes]], None] | None = None  # see Checkpoint.check_weight
+
+    def tiles(self, name: str, dim: int, count: int) -> list[torch.Tensor]:
+        """The weight in equal parts along dim; mapped ones take no memory."""
+        if self.read_part is None:
+            return list(self.read(name).chunk(count, dim))
+        size = self.shapes[name][dim] // count
+        return [self.read_part(name, dim, i * size, (i + 1) * size) for i in range(count)]
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -114,6 +119,15 @@ def cut_of(name: str, args: ModelArgs, n: int) -> Cut:
     return Cut(dim, n, n)
 
 
+def tiling(name: str, args: ModelArgs) -> tuple[int, int]:
+    """Dimension and number of the finest parts into which any valid n may cut the weight."""
+    dim = SHARD_DIMS[role(name)]
+    if dim is None:
+        return 0, 1
+    kv = role(name) in ("attention.wk", "attention.wv")
+    return dim, args.n_kv_heads if kv else args.common_divisor
+
+
 def check_shard_count(args: ModelArgs, n: int, what: str) -> None:
     """Raise ValueError, with the counts that would do, when the model cannot be cut into n."""
     valid = args.valid_shard_counts()
@@ -138,17 +152,66 @@ class Checkpoint:
         self.params = _read_params(self.dir)
         self.paths = _find_shards(self.dir)
         self.n = len(self.paths)
+        self.manifest = Manifest.read(self.dir)
         self._shards: dict[int, dict[str, torch.Tensor]] = {}
-        first = open_shard(self.paths[0])
+        self._check_files()
+        first = self._open(0)
         self.args = self._model_args(first)
         self.shapes = weight_shapes(self.args)
         self.dtype = first["output.weight"].dtype
         # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
         by_vocab = (self.args.vocab_size // self.n, self.args.dim)
         self._embedding_dim = int(tuple(first["tok_embeddings.weight"].shape) != by_vocab)
-        self._checked(0, first)
+        self._check_names_and_shapes(0, first)
+        if self.n not in self.args.valid_shard_counts():
+            raise ValueError(
+                f"{self.dir}: {self.n} shards, but the model in params.json cuts into "
+                f"{', '.join(map(str, self.args.valid_shard_counts()))} alone; is a shard missing?"
+            )
+        self._check_manifest()
         if self.n == 1:
             self._shards[0] = first
+
+    def _check_files(self) -> None:
+        """The shards must be those of the manifest, by name and size."""
+        if self.manifest is None:
+            return
+        here, there = {path.name for path in self.paths}, self.manifest.shards.keys()
+        if here != there:
+            raise ValueError(
+                f"{self.dir}: holds {len(here)} shards, but {manifest.NAME} lists {len(there)} "
+                f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
+                "copied in part, or are two mixed?"
+            )
+        for path in self.paths:
+            size, wanted = path.stat().st_size, self.manifest.shards[path.name]["size"]
+            if size != wanted:
+                raise ValueError(
+                    f"{path}: {size:,} bytes long, but {manifest.NAME} says {wanted:,}; "
+                    "copy it again"
+                )
+
+    def _check_manifest(self) -> None:
+        """The manifest must be of this model and complete."""
+        if self.manifest is None:
+            return
+        where = self.dir / manifest.NAME
+        try:
+            said = dataclasses.asdict(ModelArgs.from_params(self.manifest.params))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{where}: params: {error}") from None
+        found = dataclasses.asdict(self.args)
+        changed = [
+            f"{key} {found[key]}, not {said[key]}" for key in said if said[key] != found[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.dir / 'params.json'}: says {first_few(changed)} as {where} does; put the "
+                f"old values back, or, if they are meant to change, remove {manifest.NAME}"
+            )
+        tables = [self.manifest.weights] + [s["tensors"] for s in self.manifest.shards.values()]
+        if any(table.keys() != self.shapes.keys() for table in tables):
+            raise ValueError(f"{where}: does not list the weights of the model in params.json")
 
     def _model_args(self, shard: dict[str, torch.Tensor]) -> ModelArgs:
         where = self.dir / "params.json"
@@ -179,11 +242,27 @@ class Checkpoint:
     def shard(self, i: int) -> dict[str, torch.Tensor]:
         """The mapped weights of shard i, names, shapes and dtypes checked."""
         if i not in self._shards:
-            self._shards[i] = self._checked(i, open_shard(self.paths[i]))
+            shard = self._open(i)
+            self._check_names_and_shapes(i, shard)
+            self._shards[i] = shard
         return self._shards[i]
 
-    def _checked(self, i: int, shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The shard, if it is what params.json says."""
+    def _open(self, i: int) -> dict[str, torch.Tensor]:
+        path = self.paths[i]
+        if self.manifest is not None:
+            try:
+                found = manifest.frame_sha256(path)
+            except Exception as error:  # whatever the bytes provoke
+                found = f"unreadable: {error}"
+            if found != self.manifest.shards[path.name]["frame_sha256"]:
+                raise ValueError(
+                    f"{path}: damaged outside its tensors (its headers or directory are not those "
+                    f"that {manifest.NAME} was written for); copy it again"
+                )
+        return open_shard(path)
+
+    def _check_names_and_shapes(self, i: int, shard: dict[str, torch.Tensor]) -> None:
+        """The shard must hold what params.json says."""
         path = self.paths[i]
         missing, unknown = self.shapes.keys() - shard.keys(), shard.keys() - self.shapes.keys()
         if missing or unknown:
@@ -209,7 +288,96 @@ class Checkpoint:
                 raise ValueError(
                     f"{path}: {name} is {weight.dtype}, not one of {', '.join(DTYPES)}"
                 )
-        return shard
+
+    def check_part(self, i: int, name: str) -> None:
+        """Raise ValueError if shard i does not hold of the weight what the manifest says.
+
+        Reads the part once. Without a manifest there is nothing to compare with.
+        """
+        if self.manifest is not None:
+            dim, tiles = tiling(name, self.args)
+            hashes = sha256_of_tiles(self.shard(i)[name], dim, tiles // self.cut(name).pieces)
+            self._compare_part(i, name, content_hash(hashes))
+
+    def _compare_part(self, i: int, name: str, found: str) -> None:
+        expected = self.manifest.shards[self.paths[i].name]["tensors"][name]
+        if found == expected:
+            return
+        others = (f for f, s in self.manifest.shards.items() if s["tensors"][name] == found)
+        other = next((f"; it is what {f} should hold" for f in others), "")
+        raise ValueError(
+            f"{self.paths[i]}: {name} is damaged: its SHA-256 is {found[:12]}…, but "
+            f"{manifest.NAME} says {str(expected)[:12]}…{other}"
+        )
+
+    def check_weight(self, name: str, hashes: list[bytes]) -> None:
+        """Raise ValueError, naming the file, if these are not the tiles of the whole weight."""
+        if self.manifest is None or content_hash(hashes) == self.manifest.weights[name]["sha256"]:
+            return
+        for i in range(self.n):
+            self.check_part(i, name)
+        raise ValueError(
+            f"{self.dir / manifest.NAME}: contradicts itself: the shards' parts of {name} are as "
+            "it says, and the whole is not"
+        )
+
+    def verify(self) -> dict[str, str]:
+        """Read every byte; return the content hash of each weight, which does not depend on n.
+
+        Raises ValueError for damage, naming file and weight: what differs from the manifest, or,
+        in any folder, copies of one weight that differ from shard to shard.
+        """
+        faults: list[str] = []
+        for i in range(self.n):
+            try:
+                self.shard(i)
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError(first_few(faults, "; "))
+        hashes: dict[str, str] = {}
+        with parallel.byte_bar(sum(path.stat().st_size for path in self.paths)) as bar:
+            for name in self.shapes:
+                tiles = self._hash_parts(name, faults)
+                hashes[name] = content_hash(tiles)
+                try:
+                    self.check_weight(name, tiles)
+                except ValueError as error:
+                    faults.append(str(error))
+                bar.update(sum(shard[name].nbytes for shard in self._shards.values()))
+        if faults:
+            raise ValueError(first_few(list(dict.fromkeys(faults)), "; "))
+        return hashes
+
+    def what_was_verified(self) -> str:
+        """What a verify() that raised nothing has shown."""
+        if self.manifest is None:
+            return (
+                f"{self.n} shards that fit together and {len(self.shapes)} weights; without a "
+                f"{manifest.NAME} nothing tells whether the numbers in them are the right ones"
+            )
+        return f"whole: {self.n} shards and {len(self.shapes)} weights as in {manifest.NAME}"
+
+    def _hash_parts(self, name: str, faults: list[str]) -> list[bytes]:
+        """Hashes of the weight's tiles, from every shard; differing copies go to faults."""
+        (dim, count), cut = tiling(name, self.args), self.cut(name)
+        if cut.dim != dim and cut.pieces > 1:  # by vocabulary: no shard holds a whole tile
+            tiles = self.source().tiles(name, dim, count)
+            return [content for tile in tiles for content in sha256_of_tiles(tile, dim, 1)]
+        pieces: dict[int, list[bytes]] = {}
+        for i in range(self.n):
+            found = sha256_of_tiles(self.shard(i)[name], dim, count // cut.pieces)
+            piece = cut.piece_of(i)
+            if self.manifest is not None:
+                try:
+                    self._compare_part(i, name, content_hash(found))
+                except ValueError as error:
+                    faults.append(str(error))
+            elif pieces.get(piece, found) != found:
+                first = self.paths[cut.first_shard_with(piece)].name
+                faults.append(f"{self.paths[i]}: {name} differs from the copy in {first}")
+            pieces.setdefault(piece, found)
+        return [tile for piece in pieces.values() for tile in piece]
 
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
@@ -244,7 +412,26 @@ class Checkpoint:
             path.name: path.read_bytes() for path in self.dir.glob("tokenizer*") if path.is_file()
         }
         params = self.params | {"vocab_size": self.args.vocab_size}
-        return Source(params, self.shapes, self.dtype, self.read, files)
+        return Source(
+            params, self.shapes, self.dtype, self.read, files, self.read, self.check_weight
+        )
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise ValueError, naming what differs, unless two folders hold the same model, whole."""
+    first, second = (dataclasses.asdict(ckpt.args) for ckpt in (a, b))
+    differing = [key for key in first if first[key] != second[key]]
+    if differing:
+        raise ValueError(f"{a.dir} and {b.dir}: different models ({', '.join(differing)})")
+    if a.dtype != b.dtype:
+        raise ValueError(
+            f"{a.dir} holds {a.dtype} and {b.dir} {b.dtype}, so no byte can be the same; cut with "
+            "--dtype first to compare"
+        )
+    first, second = a.verify(), b.verify()
+    differing = [name for name in first if first[name] != second[name]]
+    if differing:
+        raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}")
 
 
 def first_few(items: Sequence[str], sep: str = ", ") -> str:
@@ -346,97 +533,3 @@ def _check_archive(path: Path) -> None:
                 raise ValueError(f"record {record.filename} is compressed")
             if record.header_offset + record.file_size > size:
                 raise ValueError(f"record {record.filename} reaches past the end of the file")
-
-
-def write_checkpoint(
-    source: Source, out_dir: str | Path, n: int = 1, dtype: torch.dtype | None = None
-) -> None:
-    """Write source as a folder of n shards, which appears whole or not at all.
-
-    At no time is more than one weight in memory: shards are laid out on disk and filled through
-    memory maps. Raises ValueError for an n that does not divide or a folder in use, OSError for a
-    disk that cannot take it.
-    """
-    out_dir, dtype = Path(out_dir), dtype or source.dtype
-    args = ModelArgs.from_params(source.params)
-    check_shard_count(args, n, str(out_dir))
-    cuts = {name: cut_of(name, args, n) for name in source.shapes}
-    shapes = {name: cut.shape(source.shapes[name]) for name, cut in cuts.items()}
-    with _new_folder(out_dir) as folder:
-        shards = _lay_out(folder, shapes, n, dtype)
-        for name in tqdm(source.shapes, unit=" weights", disable=not parallel.show_bars()):
-            weight = source.read(name).to(dtype)
-            for shard, pieces in enumerate(shards):
-                cut = cuts[name]
-                size = shapes[name][cut.dim]
-                pieces[name].copy_(weight.narrow(cut.dim, cut.piece_of(shard) * size, size))
-        del shards
-        for name, content in source.files.items():
-            (folder / name).write_bytes(content)
-        (folder / "params.json").write_text(json.dumps(source.params, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _new_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder to fill under a temporary name, renamed to out_dir when all in it is on disk."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir}: already there and not empty; remove it or choose another")
-    folder = out_dir.parent / f".{out_dir.name}.partial"
-    new_parents = [parent for parent in out_dir.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{out_dir}: another run is writing it; wait for that one") from None
-    try:
-        for path in folder.iterdir():  # of a run that was killed
-            path.unlink()
-        yield folder
-        for path in [*folder.iterdir(), folder]:
-            _fsync(path)
-        folder.rename(out_dir)
-        _fsync(out_dir.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in new_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    finally:
-        os.close(lock)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lay_out(
-    folder: Path, shapes: dict[str, tuple[int, ...]], n: int, dtype: torch.dtype
-) -> list[dict[str, torch.Tensor]]:
-    """n shard files with their disk space taken, as tensors: writing to one writes its file."""
-    needed = n * sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{folder.parent}: {needed:,} bytes needed, but only {free:,} are free")
-    shards = []
-    for i in range(n):
-        path = str(folder / f"fs_consolidated.{i:02d}.pth")
-        # Never touched, so these take address space but no memory.
-        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        try:
-            with torch.serialization.skip_data():
-                torch.save(empty, path)
-        except RuntimeError:  # how torch says that the system refused a write, and not why
-            raise OSError(f"{path}: cannot be written; is the disk full, or a limit set?") from None
-        # A disk that fills up under a shared mapping would kill the process: take the space now.
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            shards.append(torch.load(path, mmap=True, weights_only=True))
-    return shards

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, parse_dtype
+from llama.checkpoint import Checkpoint, check_shard_count, parse_dtype
 from llama.model import KVCache, Transformer
 from llama.tokenizer import Tokenizer
 
@@ -198,16 +198,22 @@ def load_model(
 ) -> Transformer:
     """This rank's part of a checkpoint as a model.
 
-    On a CPU and in the checkpoint's own dtype, weights stay mapped files and take no memory.
+    What the manifest says of the weights is checked. A checkpoint of another number of shards is
+    cut anew. On a CPU and in the checkpoint's own dtype, weights stay mapped files and take no
+    memory, but for those that such a cut takes apart by columns.
     """
     rank, n = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
+    parts = [(rank, name) for name in ckpt.shapes]
     if ckpt.n != n:
-        raise ValueError(
-            f"{ckpt.dir}: {ckpt.n} shards, but {n} ranks are running. Run one rank a shard "
-            f"(torchrun --nproc_per_node {ckpt.n} …), or cut it anew: "
-            f"python split_model.py --ckpt_dir {ckpt.dir} --n {n} "
-            f"(n may be {', '.join(map(str, ckpt.args.valid_shard_counts()))})"
+        check_shard_count(ckpt.args, n, f"{ckpt.dir}: with {n} ranks running, it")
+        parallel.say(
+            f"{ckpt.dir}: {ckpt.n} shards, cut for {n} ranks while loading; to save that work: "
+            f"python split_model.py --ckpt_dir {ckpt.dir} --n {n}"
         )
+        # Each rank reads of every shard, but one rank of a machine vouches for each part.
+        parts = [(i, name) for i in range(ckpt.n) for name in ckpt.shapes][parallel.local_share()]
+    for shard, name in parts:
+        ckpt.check_part(shard, name)
     model = Transformer(ckpt.args)
     state = {
         name: ckpt.slice(name, rank, n).to(device, dtype or ckpt.dtype) for name in ckpt.shapes

@@ -83,10 +83,14 @@ class ModelArgs:
         hidden = int(self.ffn_dim_multiplier * int(2 * (4 * self.dim) / 3))
         return self.multiple_of * -(-hidden // self.multiple_of)
 
+    @property
+    def common_divisor(self) -> int:
+        """What every number of shards must divide."""
+        return math.gcd(self.n_heads, self.vocab_size, self.hidden_dim, self.dim)
+
     def valid_shard_counts(self) -> list[int]:
         """Every n into which this model can be cut, ascending."""
-        common = math.gcd(self.n_heads, self.vocab_size, self.hidden_dim, self.dim)
-        divisors = [n for n in range(1, common + 1) if common % n == 0]
+        divisors = [n for n in range(1, self.common_divisor + 1) if self.common_divisor % n == 0]
         return [n for n in divisors if self.n_kv_heads % n == 0 or n % self.n_kv_heads == 0]
 
 

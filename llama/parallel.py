@@ -18,6 +18,7 @@ import fire
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
+from tqdm import tqdm
 
 # torchrun ends all ranks as soon as one has failed: a rank with nothing to say lets the one that
 # has something say it first.
@@ -115,6 +116,18 @@ def say(message: str) -> None:
 def show_bars() -> bool:
     """Whether progress bars belong on this rank's stderr."""
     return rank() == 0 and sys.stderr.isatty()
+
+
+def byte_bar(total: int) -> tqdm:
+    """A bar of bytes done, where bars belong."""
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not show_bars())
+
+
+def local_share() -> slice:
+    """Of a list of things that each machine must do once, those that this rank does."""
+    return slice(
+        int(os.environ.get("LOCAL_RANK", 0)), None, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
 
 
 def from_rank_0(value: object) -> object:

