@@ -49,12 +49,12 @@ class Source:
     read_part: Callable[[str, int, int, int], torch.Tensor] | None = None  # see Checkpoint.read
     check: Callable[[str, list[bytes]], None] | None = None  # see Checkpoint.check_weight
 
-    def tiles(self, name: str, dim: int, count: int) -> list[torch.Tensor]:
-        """The weight in equal parts along dim; mapped ones take no memory."""
-        if self.read_part is None:
-            return list(self.read(name).chunk(count, dim))
-        size = self.shapes[name][dim] // count
-        return [self.read_part(name, dim, i * size, (i + 1) * size) for i in range(count)]
+    def rows_of(self, name: str) -> Callable[[int, int], torch.Tensor]:
+        """What reads rows of the weight, from the first to before the second."""
+        if self.read_part is not None:
+            return lambda start, stop: self.read_part(name, 0, start, stop)
+        weight = self.read(name)
+        return lambda start, stop: weight[start:stop]
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -362,8 +362,9 @@ class Checkpoint:
         """Hashes of the weight's tiles, from every shard; differing copies go to faults."""
         (dim, count), cut = tiling(name, self.args), self.cut(name)
         if cut.dim != dim and cut.pieces > 1:  # by vocabulary: no shard holds a whole tile
-            tiles = self.source().tiles(name, dim, count)
-            return [content for tile in tiles for content in sha256_of_tiles(tile, dim, 1)]
+            width = self.shapes[name][dim] // count
+            parts = (self.read(name, dim, i * width, (i + 1) * width) for i in range(count))
+            return [content for part in parts for content in sha256_of_tiles(part, dim, 1)]
         pieces: dict[int, list[bytes]] = {}
         for i in range(self.n):
             found = sha256_of_tiles(self.shard(i)[name], dim, count // cut.pieces)

@@ -1,8 +1,9 @@
 """manifest.json: what each weight and each shard of a folder holds, so that damage is noticed.
 
-A weight is hashed in tiles, the finest parts into which any number of shards may cut it: its
-content hash is the SHA-256 of its tiles' SHA-256, in order, and that of a shard's part likewise.
-So the hash of a weight does not depend on n, and one reading of the shards gives both.
+A weight is hashed in tiles: the finest parts into which any number of shards may cut it, each in
+blocks of 512 rows. Its content hash is the SHA-256 of its tiles' SHA-256, part after part, and that
+of what one shard holds of it likewise. So the hash of a weight does not depend on n, and one
+reading of the shards gives both.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 
 NAME = "manifest.json"
 FORMAT = 1
+BLOCK_ROWS = 512
 LONGEST = 1 << 26  # bytes; a model of 80 layers in 16 shards takes 2 MB
 
 
@@ -66,15 +68,21 @@ class Manifest:
         return json.dumps({"format": self.format} | asdict(self), indent=1) + "\n"
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, row by row, as they lie in a file."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
 def sha256_of(tile: torch.Tensor) -> bytes:
-    """Hash of a tensor's bytes, row by row, as they lie in a file."""
-    return hashlib.sha256(tile.contiguous().view(torch.uint8).numpy()).digest()
+    """Hash of a tensor's bytes."""
+    return hashlib.sha256(bytes_of(tile)).digest()
 
 
-def sha256_of_tiles(weight: torch.Tensor, dim: int, tiles: int) -> list[bytes]:
-    """Hashes of a weight's equal parts along dim, on as many threads as torch uses."""
+def sha256_of_tiles(weight: torch.Tensor, dim: int, count: int) -> list[bytes]:
+    """Hashes of the tiles of a weight in count parts along dim, on as many threads as torch has."""
+    tiles = [tile for part in weight.chunk(count, dim) for tile in part.split(BLOCK_ROWS)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(sha256_of, weight.chunk(tiles, dim)))
+        return list(pool.map(sha256_of, tiles))
 
 
 def content_hash(tiles: Iterable[bytes]) -> str:
@@ -82,21 +90,29 @@ def content_hash(tiles: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(tiles)).hexdigest()
 
 
-def frame_sha256(path: Path) -> str:
-    """Hash of a shard file's bytes outside its tensors: headers, names, padding, directory.
+def tensor_ranges(path: Path) -> list[tuple[int, int]]:
+    """Where each tensor's bytes begin and end in a shard file, in the order of their numbers.
 
     The file is a zip archive with one stored record a tensor (its data/N), as torch.save writes.
     """
+    ranges = {}
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        ranges = []
         for record in archive.infolist():
-            if "/data/" in record.filename:
+            folder, _, number = record.filename.rpartition("/")
+            if folder.endswith("/data") and number.isdecimal():
                 # The local header repeats the name, and may have an extra field of its own.
                 file.seek(record.header_offset + 26)
                 start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-                ranges.append((start, start + record.file_size))
-        total, at = hashlib.sha256(), 0
-        for start, stop in [*sorted(ranges), (path.stat().st_size, 0)]:
+                ranges[int(number)] = (start, start + record.file_size)
+    return [ranges[number] for number in sorted(ranges)]
+
+
+def frame_sha256(path: Path) -> str:
+    """Hash of a shard file's bytes outside its tensors: headers, names, padding, directory."""
+    total, at = hashlib.sha256(), 0
+    ranges = sorted(tensor_ranges(path))
+    with path.open("rb") as file:
+        for start, stop in [*ranges, (path.stat().st_size, 0)]:
             file.seek(at)
             while block := file.read(min(max(start - at, 0), 1 << 20)):
                 total.update(block)

@@ -3,18 +3,27 @@
 import contextlib
 import fcntl
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llama import manifest, parallel
 from llama.checkpoint import Checkpoint, Cut, Source, check_shard_count, cut_of, role, tiling
-from llama.manifest import Manifest, content_hash, frame_sha256, sha256_of
+from llama.manifest import (
+    BLOCK_ROWS,
+    Manifest,
+    bytes_of,
+    content_hash,
+    frame_sha256,
+    sha256_of,
+    tensor_ranges,
+)
 from llama.model import ModelArgs
 
 
@@ -23,32 +32,26 @@ def write_checkpoint(
 ) -> None:
     """Write source as a folder of n shards with its manifest, which appears whole or not at all.
 
-    At no time is more than one weight in memory: shards are laid out on disk and filled through
-    memory maps. Raises ValueError for an n that does not divide, a damaged source or a folder in
-    use, OSError for a disk that cannot take it.
+    Shards are laid out on disk and filled in place, some rows at a time. Raises ValueError for an
+    n that does not divide, a damaged source or a folder in use, OSError for a disk that cannot
+    take it.
     """
     out_dir, dtype = Path(out_dir), dtype or source.dtype
     args = ModelArgs.from_params(source.params)
     check_shard_count(args, n, str(out_dir))
     cuts = {name: cut_of(name, args, n) for name in source.shapes}
+    total = _bytes_of(source.shapes, cuts, n, dtype)
     with _new_folder(out_dir) as folder:
-        shards = _lay_out(folder, source.shapes, cuts, n, dtype)
-        hashes = {}
+        hashes: dict[str, list[bytes]] = {}
         with (
-            parallel.byte_bar(_bytes_of(source.shapes, cuts, n, dtype)) as bar,
+            _lay_out(folder, source.shapes, cuts, n, dtype) as shards,
+            parallel.byte_bar(total) as bar,
             ThreadPoolExecutor(torch.get_num_threads()) as pool,
         ):
             for name, cut in cuts.items():
-                dim, count = tiling(name, args)
-                targets = _tile_targets([shard[name] for shard in shards], cut, dim, count)
-                read = source.tiles(name, dim, count)
-                hashes[name] = list(pool.map(_write_tile, read, targets))
-                if source.check is not None:
-                    converted = dtype != source.dtype
-                    as_read = list(pool.map(sha256_of, read)) if converted else hashes[name]
-                    source.check(name, as_read)
-                bar.update(sum(shard[name].nbytes for shard in shards))
-        del shards, targets
+                writer = _WeightWriter(source, name, cut, *tiling(name, args), dtype, shards)
+                hashes[name] = writer.run(pool)
+                bar.update(n * writer.part_bytes)
         for name, content in source.files.items():
             (folder / name).write_bytes(content)
         (folder / "params.json").write_text(json.dumps(source.params, indent=2) + "\n")
@@ -56,25 +59,70 @@ def write_checkpoint(
         (folder / manifest.NAME).write_text(text, encoding="utf-8")
 
 
-def _tile_targets(
-    parts: list[torch.Tensor], cut: Cut, dim: int, count: int
-) -> list[list[torch.Tensor]]:
-    """For each tile of a weight, its places in the shards that hold it."""
-    targets: list[list[torch.Tensor]] = [[] for _ in range(count)]
-    per_piece = count // cut.pieces
-    for shard, part in enumerate(parts):
-        first = cut.piece_of(shard) * per_piece
-        for tile, place in enumerate(part.chunk(per_piece, dim), first):
-            targets[tile].append(place)
-    return targets
+class _ShardFile:
+    """A shard that is laid out on disk, to be filled in place."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.descriptor = os.open(path, os.O_RDWR)
+        self.offsets = {name: start for name, (start, _) in zip(names, tensor_ranges(path))}
+
+    def write(self, name: str, at: int, block: torch.Tensor) -> None:
+        """Put a block's bytes at a place within the bytes of a weight."""
+        data, place = bytes_of(block), self.offsets[name] + at
+        while data:
+            written = os.pwrite(self.descriptor, data, place)
+            data, place = data[written:], place + written
 
 
-def _write_tile(tile: torch.Tensor, places: list[torch.Tensor]) -> bytes:
-    """Put a tile, in the places' dtype, where it belongs, and return its hash."""
-    tile = tile.to(places[0].dtype)
-    for place in places:
-        place.copy_(tile)
-    return sha256_of(tile)
+@dataclass
+class _WeightWriter:
+    """Writes one weight into all shards, block of rows by block of rows, and hashes its tiles."""
+
+    source: Source
+    name: str
+    cut: Cut
+    dim: int  # that of the tiles, see tiling()
+    count: int
+    dtype: torch.dtype
+    shards: list[_ShardFile]
+
+    def __post_init__(self) -> None:
+        self.full = self.source.shapes[self.name]
+        self.part = self.cut.shape(self.full)
+        self.part_bytes = torch.Size(self.part).numel() * self.dtype.itemsize
+        self.read_rows = self.source.rows_of(self.name)
+
+    def run(self, pool: ThreadPoolExecutor) -> list[bytes]:
+        """Write it all; the hashes of its tiles, part after part. The source is checked by them."""
+        rows, in_rows = self.full[0], self.count if self.dim == 0 else 1
+        height = rows // in_rows
+        starts = [
+            (first, min(first + BLOCK_ROWS, top + height))
+            for top in range(0, rows, height)
+            for first in range(top, top + height, BLOCK_ROWS)
+        ]
+        blocks = list(pool.map(self._write_rows, *zip(*starts)))
+        written, read = ([x for column in zip(*side) for x in column] for side in zip(*blocks))
+        if self.source.check is not None:
+            self.source.check(self.name, read)
+        return written
+
+    def _write_rows(self, start: int, stop: int) -> tuple[list[bytes], list[bytes]]:
+        """Write some rows; hashes of their tiles, from left to right, as written and as read."""
+        read = self.read_rows(start, stop)
+        rows = read.to(self.dtype)
+        row_bytes = self.part_bytes // self.part[0]
+        for i, shard in enumerate(self.shards):
+            first = self.cut.piece_of(i) * self.part[self.cut.dim]
+            if self.cut.dim == 1:
+                shard.write(self.name, start * row_bytes, rows.narrow(1, first, self.part[1]))
+            elif first <= start < first + self.part[0]:
+                shard.write(self.name, (start - first) * row_bytes, rows)
+        in_columns = self.count if self.dim == 1 else 1
+        written = [sha256_of(tile) for tile in rows.chunk(in_columns, -1)]
+        if read is rows or self.source.check is None:
+            return written, written
+        return written, [sha256_of(tile) for tile in read.chunk(in_columns, -1)]
 
 
 def _describe(
@@ -195,32 +243,45 @@ def _bytes_of(
     return n * sum(sizes) * dtype.itemsize
 
 
+@contextlib.contextmanager
 def _lay_out(
     folder: Path,
     full: dict[str, tuple[int, ...]],
     cuts: dict[str, Cut],
     n: int,
     dtype: torch.dtype,
-) -> list[dict[str, torch.Tensor]]:
-    """n shard files with their disk space taken, as tensors: writing to one writes its file."""
+) -> Iterator[list[_ShardFile]]:
+    """n shard files with their disk space taken; on leaving, all that was written is on disk."""
     needed = _bytes_of(full, cuts, n, dtype)
-    shapes = {name: cut.shape(full[name]) for name, cut in cuts.items()}
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{folder.parent}: {needed:,} bytes needed, but only {free:,} are free")
-    shards = []
+    shapes = {name: cut.shape(full[name]) for name, cut in cuts.items()}
+    shards, ended = [], threading.Event()
     for i in range(n):
-        path = str(folder / f"fs_consolidated.{i:02d}.pth")
+        path = folder / f"fs_consolidated.{i:02d}.pth"
         # Never touched, so these take address space but no memory.
         empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         try:
             with torch.serialization.skip_data():
-                torch.save(empty, path)
+                torch.save(empty, str(path))
         except RuntimeError:  # how torch says that the system refused a write, and not why
             raise OSError(f"{path}: cannot be written; is the disk full, or a limit set?") from None
-        # A disk that fills up under a shared mapping would kill the process: take the space now.
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            shards.append(torch.load(path, mmap=True, weights_only=True))
-    return shards
+        shards.append(_ShardFile(path, cuts))
+        os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
+
+    def flush() -> None:
+        """The disk writes what is done while more is being done: little is left at the end."""
+        while not ended.wait(0.01):
+            for shard in shards:
+                os.fdatasync(shard.descriptor)
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield shards
+    finally:
+        ended.set()
+        thread.join()
+        for shard in shards:
+            os.close(shard.descriptor)
