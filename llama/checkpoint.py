@@ -254,10 +254,11 @@ class Checkpoint:
                 found = manifest.frame_sha256(path)
             except Exception as error:  # whatever the bytes provoke
                 found = f"unreadable: {error}"
-            if found != self.manifest.shards[path.name]["frame_sha256"]:
+            frames = {name: shard["frame_sha256"] for name, shard in self.manifest.shards.items()}
+            if found != frames[path.name]:
                 raise ValueError(
-                    f"{path}: damaged outside its tensors (its headers or directory are not those "
-                    f"that {manifest.NAME} was written for); copy it again"
+                    f"{path}: damaged outside its tensors: its headers or directory are not those "
+                    f"that {manifest.NAME} was written for{_whose(found, frames)}; copy it again"
                 )
         return open_shard(path)
 
@@ -300,15 +301,13 @@ class Checkpoint:
             self._compare_part(i, name, content_hash(hashes))
 
     def _compare_part(self, i: int, name: str, found: str) -> None:
-        expected = self.manifest.shards[self.paths[i].name]["tensors"][name]
-        if found == expected:
-            return
-        others = (f for f, s in self.manifest.shards.items() if s["tensors"][name] == found)
-        other = next((f"; it is what {f} should hold" for f in others), "")
-        raise ValueError(
-            f"{self.paths[i]}: {name} is damaged: its SHA-256 is {found[:12]}…, but "
-            f"{manifest.NAME} says {str(expected)[:12]}…{other}"
-        )
+        parts = {file: shard["tensors"][name] for file, shard in self.manifest.shards.items()}
+        expected = parts[self.paths[i].name]
+        if found != expected:
+            raise ValueError(
+                f"{self.paths[i]}: {name} is damaged: its SHA-256 is {found[:12]}…, but "
+                f"{manifest.NAME} says {str(expected)[:12]}…{_whose(found, parts)}"
+            )
 
     def check_weight(self, name: str, hashes: list[bytes]) -> None:
         """Raise ValueError, naming the file, if these are not the tiles of the whole weight."""
@@ -416,6 +415,12 @@ class Checkpoint:
         return Source(
             params, self.shapes, self.dtype, self.read, files, self.read, self.check_weight
         )
+
+
+def _whose(found: str, hashes: dict[str, str]) -> str:
+    """The file, among all with their hashes, that should hold what was found elsewhere."""
+    others = [file for file, content in hashes.items() if content == found]
+    return f"; it is what {others[0]} should hold" if others else ""
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> None:

@@ -63,6 +63,7 @@ class _ShardFile:
     """A shard that is laid out on disk, to be filled in place."""
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.path = path
         self.descriptor = os.open(path, os.O_RDWR)
         self.offsets = {name: start for name, (start, _) in zip(names, tensor_ranges(path))}
 
@@ -70,8 +71,23 @@ class _ShardFile:
         """Put a block's bytes at a place within the bytes of a weight."""
         data, place = bytes_of(block), self.offsets[name] + at
         while data:
-            written = os.pwrite(self.descriptor, data, place)
+            with _naming(self.path):
+                written = os.pwrite(self.descriptor, data, place)
             data, place = data[written:], place + written
+
+    def flush(self) -> None:
+        """Return when what was written is on the disk."""
+        with _naming(self.path):
+            os.fdatasync(self.descriptor)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which file the system refused to write."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 @dataclass
@@ -268,13 +284,18 @@ def _lay_out(
         except RuntimeError:  # how torch says that the system refused a write, and not why
             raise OSError(f"{path}: cannot be written; is the disk full, or a limit set?") from None
         shards.append(_ShardFile(path, cuts))
-        os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
+        with _naming(path):
+            os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
+    failures: list[OSError] = []
 
     def flush() -> None:
         """The disk writes what is done while more is being done: little is left at the end."""
-        while not ended.wait(0.01):
-            for shard in shards:
-                os.fdatasync(shard.descriptor)
+        while not ended.wait(0.01) and not failures:
+            try:
+                for shard in shards:
+                    shard.flush()
+            except OSError as error:  # the system tells it once: no later fsync would know
+                failures.append(error)
 
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
@@ -285,3 +306,5 @@ def _lay_out(
         thread.join()
         for shard in shards:
             os.close(shard.descriptor)
+    if failures:
+        raise failures[0]

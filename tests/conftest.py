@@ -101,23 +101,16 @@ def hf_model(source: Source) -> transformers.LlamaForCausalLM:
 
 
 def run_script(
-    script: str, *flags: str, n: int | None = None, timeout: float = 120, **options
+    script: str | Path, *flags: object, n: int | None = None, timeout: float = 120, **options
 ) -> subprocess.CompletedProcess:
     """Run one of the repository's scripts as a user does: plain, or with torchrun over n ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+    command = [sys.executable]
     if n is not None:
-        torchrun += [
-            "--master_port",
-            "0",
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-        ]
-    command = (torchrun if n is not None else [sys.executable]) + [script, *map(str, flags)]
-    return subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, timeout=timeout, **options
-    )
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [str(REPO / script), *map(str, flags)]
+    options = {"cwd": REPO, "env": os.environ | {"PYTHONPATH": str(REPO)}} | options
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
 @pytest.fixture
@@ -128,7 +121,7 @@ def on_ranks(tmp_path):
         script = tmp_path / f"ranks_{n}.py"
         given = "\n".join(f"{name} = {value!r}" for name, value in values.items())
         script.write_text(f"from pathlib import PosixPath\n{given}\n{code}\n")
-        result = run_script(str(script), n=n, env=os.environ | {"PYTHONPATH": str(REPO)})
+        result = run_script(script, n=n)
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout) if result.stdout.strip() else None
 

@@ -1,6 +1,5 @@
 """Ranks as one: over several agents, in one voice, and down together when one fails."""
 
-import os
 import resource
 import signal
 import socket
@@ -21,7 +20,7 @@ def run_code(tmp_path, code, n=2):
     script = tmp_path / "script.py"
     script.write_text(f"import os, torch\nfrom llama import parallel\n{code}\nparallel.run(main)\n")
     start = time.perf_counter()
-    result = run_script(str(script), n=n, env=os.environ | {"PYTHONPATH": str(REPO)})
+    result = run_script(script, n=n)
     return result, time.perf_counter() - start
 
 

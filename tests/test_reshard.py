@@ -128,8 +128,7 @@ def test_n_ranks_on_any_number_of_shards_give_the_logits_of_one(n, cases, choose
                 cut_by_vocabulary(Path(folders[-1]))
         script = Path(name) / "ranks.py"
         script.write_text(f"folders = {folders!r}\n{RANKS_CODE}")
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        result = run_script(str(script), n=n, env=environment)
+        result = run_script(script, n=n)
         assert result.returncode == 0, result.stderr[-3000:]
         for folder in folders:
             model = load_model(Checkpoint(folder), parallel.setup())

@@ -1,0 +1,278 @@
+"""Damage of every kind is named, and none of it is ever loaded."""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import TOKENIZERS, make_ckpt, run_script
+
+from llama import parallel
+from llama.checkpoint import Checkpoint, compare
+from llama.generation import load_model
+from llama.manifest import bytes_of, tensor_ranges
+from llama.reshard import write_checkpoint
+
+MODEL = {"vocab_size": 512, "n_kv_heads": 2}
+
+
+def assert_refused(folder, message):
+    """Verifying, loading on another number of ranks, and cutting all refuse the folder."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Checkpoint(folder).verify()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_model(Checkpoint(folder), parallel.setup())
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        write_checkpoint(Checkpoint(folder).source(), folder.with_name("out"), 1)
+    assert not folder.with_name("out").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_ckpt(tmp_path / "ckpt", n=4, **MODEL)
+
+
+def shard(folder, i):
+    return folder / f"fs_consolidated.{i:02d}.pth"
+
+
+def test_a_whole_folder_is_verified_and_its_hashes_do_not_depend_on_n(folder, tmp_path):
+    hashes = Checkpoint(folder).verify()
+    other = Checkpoint(make_ckpt(tmp_path / "2", n=2, **MODEL))
+    assert other.verify() == hashes
+    assert {name: weight["sha256"] for name, weight in other.manifest.weights.items()} == hashes
+    (tmp_path / "2" / "manifest.json").unlink()
+    assert Checkpoint(tmp_path / "2").verify() == hashes
+    compare(Checkpoint(folder), Checkpoint(tmp_path / "2"))
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_every_truncation_is_named(folder, with_manifest):
+    if not with_manifest:
+        (folder / "manifest.json").unlink()
+    choose = random.Random(0)
+    for i in range(4):
+        content = shard(folder, i).read_bytes()
+        for length in [0, 1, len(content) - 1, *choose.sample(range(len(content)), 17)]:
+            shard(folder, i).write_bytes(content[:length])
+            with pytest.raises(ValueError, match=shard(folder, i).name):
+                Checkpoint(folder).verify()
+            with pytest.raises(ValueError, match=shard(folder, i).name):
+                load_model(Checkpoint(folder), parallel.setup())
+        shard(folder, i).write_bytes(content)
+    Checkpoint(folder).verify()
+
+
+def test_every_flipped_byte_is_named_with_its_weight(folder):
+    choose = random.Random(0)
+    for i in range(4):
+        content = shard(folder, i).read_bytes()
+        ranges = tensor_ranges(shard(folder, i))
+        names = list(torch.load(shard(folder, i), weights_only=True))
+        for place in [0, len(content) - 1, *choose.sample(range(len(content)), 28)]:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << choose.randrange(8)
+            shard(folder, i).write_bytes(damaged)
+            hit = [name for name, (a, b) in zip(names, ranges) if a <= place < b]
+            expected = f"{hit[0]} is damaged" if hit else "damaged outside its tensors"
+            message = f"{shard(folder, i).name}: {expected}"
+            with pytest.raises(ValueError, match=message):
+                Checkpoint(folder).verify()
+            with pytest.raises(ValueError, match=message):
+                load_model(Checkpoint(folder), parallel.setup())
+        shard(folder, i).write_bytes(content)
+
+
+def swap(folder):
+    os.rename(shard(folder, 0), folder / "x")
+    os.rename(shard(folder, 1), shard(folder, 0))
+    os.rename(folder / "x", shard(folder, 1))
+
+
+def add_one(folder):
+    shutil.copy(shard(folder, 3), shard(folder, 4))
+
+
+def take_from_another_model(folder):
+    other = make_ckpt(folder.with_name("other"), n=4, **MODEL)
+    weights = torch.load(shard(other, 2), weights_only=True)
+    data = bytes_of(weights["layers.1.attention.wq.weight"] + 1)
+    start, _ = tensor_ranges(shard(folder, 2))[list(weights).index("layers.1.attention.wq.weight")]
+    content = bytearray(shard(folder, 2).read_bytes())
+    content[start : start + len(data)] = data
+    shard(folder, 2).write_bytes(content)
+
+
+def edit(name, **changes):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def params(**changes):
+    return edit("params.json", **changes)
+
+
+def forget_a_weight(folder):
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["weights"]["norm.weight"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+DAMAGE = {
+    "swapped": (swap, "00.pth: damaged.*it is what fs_consolidated.01.pth should hold"),
+    "duplicated over": (
+        lambda f: shutil.copy(shard(f, 0), shard(f, 3)),
+        "03.pth: damaged.*what fs_consolidated.00.pth should",
+    ),
+    "one too many": (add_one, "holds 5 shards, but manifest.json lists 4"),
+    "last deleted": (lambda f: shard(f, 3).unlink(), "holds 3 shards, but manifest.json lists 4"),
+    "first deleted": (lambda f: shard(f, 0).unlink(), "00.pth: missing"),
+    "another model's": (
+        take_from_another_model,
+        r"02.pth: layers.1.attention.wq.* damaged",
+    ),
+    "dim": (params(dim=128), "params.json"),
+    "heads": (params(n_heads=4), "params.json"),
+    "kv heads": (params(n_kv_heads=4), "params.json"),
+    "layers": (params(n_layers=1), "params.json"),
+    "vocabulary": (params(vocab_size=256), "params.json"),
+    "rope_theta": (params(rope_theta=5e5), "rope_theta 500000.0, not 10000.0 as .*manifest.json"),
+    "norm_eps": (params(norm_eps=1e-3), "norm_eps 0.001, not 1e-05"),
+    "manifest not JSON": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: unread"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json: unread"),
+    "manifest of tomorrow": (edit("manifest.json", format=2), "format 2, but this program knows 1"),
+    "manifest without shards": (edit("manifest.json", shards={}), "lists 0"),
+    "manifest without a weight": (forget_a_weight, "does not list the weights"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_named(folder, damage, message):
+    damage(folder)
+    assert_refused(folder, message)
+
+
+def test_without_a_manifest_copies_that_differ_are_named(folder):
+    (folder / "manifest.json").unlink()
+    for name in ("norm.weight", "layers.0.attention.wk.weight"):  # KV heads: shards 2 and 3
+        content = torch.load(shard(folder, 3), weights_only=True)
+        torch.save(content | {name: content[name] + 1}, shard(folder, 3))
+        first = "00" if name == "norm.weight" else "02"
+        with pytest.raises(ValueError, match=rf"03.pth: {name} differs from the copy in .*{first}"):
+            Checkpoint(folder).verify()
+        torch.save(content, shard(folder, 3))
+
+
+def test_two_folders_that_differ_are_named(folder, tmp_path):
+    def changed(name, change):
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        (copy / "manifest.json").unlink()
+        change(copy)
+        return Checkpoint(copy)
+
+    def other_weight(copy):
+        content = torch.load(shard(copy, 1), weights_only=True)
+        torch.save(content | {"output.weight": content["output.weight"] * 2}, shard(copy, 1))
+
+    with pytest.raises(ValueError, match=r"different contents of output\.weight"):
+        compare(Checkpoint(folder), changed("weight", other_weight))
+    with pytest.raises(ValueError, match=r"different models \(rope_theta\)"):
+        compare(Checkpoint(folder), changed("params", params(rope_theta=1e6)))
+    write_checkpoint(Checkpoint(folder).source(), tmp_path / "half", 2, torch.float16)
+    with pytest.raises(ValueError, match=r"holds torch.float32 .* torch.float16"):
+        compare(Checkpoint(folder), Checkpoint(tmp_path / "half"))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_no_number_of_ranks_makes_text_of_damage(tmp_path, n):
+    path, vocab_size = TOKENIZERS["sentencepiece"]
+    folder = make_ckpt(tmp_path / "ckpt", n=4, vocab_size=vocab_size, n_kv_heads=2)
+    content = bytearray(shard(folder, 3).read_bytes())
+    content[-100_000] ^= 1  # within output.weight, which only one rank checks
+    shard(folder, 3).write_bytes(content)
+    flags = ["--ckpt_dir", folder, "--tokenizer_path", path]
+    result = run_script("example.py", *flags, n=n)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("error: ") == 1
+    assert f"{shard(folder, 3)}: output.weight is damaged" in result.stderr
+
+
+FUZZ = r"""
+import json, random, resource, shutil, signal, sys
+from pathlib import Path
+from llama.checkpoint import Checkpoint
+from llama.manifest import tensor_ranges
+
+def audit(event, args):  # what code out of a file would have to do
+    assert event not in ("os.system", "subprocess.Popen", "os.exec", "socket.connect"), event
+
+sys.addaudithook(audit)
+folder, kind, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+address_space = 2 << 30  # above what importing torch has mapped
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + address_space,) * 2)
+whole = Checkpoint(folder)
+right = {name: whole.read(name).clone() for name in whole.shapes}
+target = folder / ("params.json" if kind == "params" else "fs_consolidated.01.pth")
+content = target.read_bytes()
+frame = range(len(content))
+if kind != "params":
+    held = tensor_ranges(target)
+    frame = [i for i in frame if not any(a <= i < b for a, b in held)]
+VALUES = [0, -1, 1, 2**31, 2**63, 1e300, "64", None, True, [], {}, [[[]]], 4, 8, 63, 0.5]
+
+def mutated(choose):
+    if kind == "params" and choose.random() < 0.5:
+        params = json.loads(content)
+        for _ in range(choose.randint(1, 3)):
+            params[choose.choice(list(params))] = choose.choice(VALUES)
+        return json.dumps(params).encode()
+    data = bytearray(content)
+    for _ in range(choose.randint(1, 4)):
+        place = choose.choice(frame)
+        data[place] = choose.choice((choose.randrange(256), data[place] ^ 1 << choose.randrange(8)))
+    if choose.random() < 0.1:
+        del data[choose.choice(frame):]
+    return bytes(data)
+
+errors = 0
+for seed in range(count):
+    signal.alarm(20)
+    target.write_bytes(mutated(random.Random(seed)))
+    try:
+        found = Checkpoint(folder)
+        weights = {name: found.read(name) for name in found.shapes}
+    except (ValueError, FileNotFoundError) as error:
+        assert str(folder) in str(error), (seed, error)
+        errors += 1
+        continue
+    except BaseException:
+        print("seed", seed, file=sys.stderr)
+        raise
+    # Without a manifest, only what the bytes say can be read; it must still be this model's shape.
+    for name, weight in weights.items():
+        assert weight.shape == found.shapes[name], (seed, name)
+        if kind == "verified":
+            assert (weight == right[name]).all(), (seed, name)
+target.write_bytes(content)
+print(errors)
+"""
+
+
+@pytest.mark.parametrize(("kind", "count"), [("params", 5000), ("shard", 3000), ("verified", 2000)])
+def test_mutated_files_are_an_error_or_right(tmp_path, kind, count):
+    folder = make_ckpt(tmp_path / "ckpt", n=2, dim=16, n_heads=4, vocab_size=32, multiple_of=8)
+    if kind != "verified":
+        (folder / "manifest.json").unlink()
+    script = tmp_path / "fuzz.py"
+    script.write_text(FUZZ)
+    result = run_script(script, folder, kind, count, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout.splitlines()[-1]) > count / 2
