@@ -4,7 +4,7 @@ python convert_model.py --from model.gguf --out_dir ckpts/NAME
 """
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, parse_dtype
+from llama.checkpoint import Checkpoint, counted, parse_dtype
 from llama.hf import open_any
 from llama.reshard import write_checkpoint
 
@@ -23,7 +23,7 @@ def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None
     wanted = parse_dtype(dtype)
     write_checkpoint(open_any(from_), out_dir, n, wanted)
     counts = ", ".join(map(str, Checkpoint(out_dir).args.valid_shard_counts()))
-    print(f"{out_dir}: {n} shards. For N cards, N among {counts}: "
+    print(f"{out_dir}: {counted(n, 'shard')}. For N cards, N among {counts}: "
           f"python split_model.py --ckpt_dir {out_dir} --n N")  # fmt: skip
 
 

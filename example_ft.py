@@ -6,6 +6,7 @@ torchrun --nproc_per_node 4 example_ft.py --ckpt_dir ckpts/7B_fs4 \
 
 from llama import LLaMA, parallel
 from llama.demo import Meter, read_prompts, show_completions
+from llama.generation import check_sampling
 from llama.prompt_tuning import load_soft_prompt
 
 
@@ -27,7 +28,7 @@ def main(
     Completions go to stdout, timings to stderr.
 
     Args:
-        ckpt_dir: folder with params.json and one shard a rank (see split_model.py).
+        ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
         tuning_ckpt_path: what ft_main.py or PEFT saved: a folder, or a .safetensors, .bin or .pth.
         tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
         prompts_file: your prompts, one a line; or a .jsonl file of {"prompt": "..."} lines.
@@ -41,6 +42,7 @@ def main(
     """
     meter = Meter()
     prompts = read_prompts(prompts_file)
+    check_sampling(max_gen_len, temperature, top_p, seed)
     generator = LLaMA.build(
         ckpt_dir,
         tokenizer_path,

@@ -49,7 +49,7 @@ def main(
     """Train a soft prompt on instructions; the model itself, split over the ranks, stays as it is.
 
     Args:
-        ckpt_dir: folder with params.json and one shard a rank (see split_model.py).
+        ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
         tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
         dataset_path: JSON or JSON lines: instruction, output, and perhaps input.
         output_dir: a new folder for the adapter, its checkpoints, the losses and their picture.

@@ -5,7 +5,7 @@ python split_model.py --ckpt_dir ckpts/7B_fs4 --verify
 """
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, compare, parse_dtype
+from llama.checkpoint import Checkpoint, compare, counted, parse_dtype
 from llama.reshard import plan, write_checkpoint
 
 
@@ -44,8 +44,8 @@ def main(
     if n is not None:
         out_dir = out_dir or f"{ckpt_dir.rstrip('/')}_fs{n}"
         write_checkpoint(ckpt.source(), out_dir, n, wanted)
-        print(f"{out_dir}: {n} shards. Generate: torchrun --nproc_per_node {n} example.py "
-              f"--ckpt_dir {out_dir} --tokenizer_path …")  # fmt: skip
+        print(f"{out_dir}: {counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
+              f"example.py --ckpt_dir {out_dir} --tokenizer_path …")  # fmt: skip
     if verify and out_dir is None:
         ckpt.verify()
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")

@@ -165,7 +165,7 @@ class Checkpoint:
         self._check_names_and_shapes(0, first)
         if self.n not in self.args.valid_shard_counts():
             raise ValueError(
-                f"{self.dir}: {self.n} shards, but the model in params.json cuts into "
+                f"{self.dir}: {counted(self.n, 'shard')}, but the model in params.json cuts into "
                 f"{', '.join(map(str, self.args.valid_shard_counts()))} alone; is a shard missing?"
             )
         self._check_manifest()
@@ -179,9 +179,9 @@ class Checkpoint:
         here, there = {path.name for path in self.paths}, self.manifest.shards.keys()
         if here != there:
             raise ValueError(
-                f"{self.dir}: holds {len(here)} shards, but {manifest.NAME} lists {len(there)} "
-                f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
-                "copied in part, or are two mixed?"
+                f"{self.dir}: holds {counted(len(here), 'shard')}, but {manifest.NAME} lists "
+                f"{len(there)} ({first_few(sorted(here ^ there))} in only one of the two); was the "
+                "folder copied in part, or are two mixed?"
             )
         for path in self.paths:
             size, wanted = path.stat().st_size, self.manifest.shards[path.name]["size"]
@@ -350,12 +350,13 @@ class Checkpoint:
 
     def what_was_verified(self) -> str:
         """What a verify() that raised nothing has shown."""
+        held = f"{counted(self.n, 'shard')} and {len(self.shapes)} weights"
         if self.manifest is None:
             return (
-                f"{self.n} shards that fit together and {len(self.shapes)} weights; without a "
-                f"{manifest.NAME} nothing tells whether the numbers in them are the right ones"
+                f"{held} that fit together; without a {manifest.NAME} nothing tells whether the "
+                "numbers in them are the right ones"
             )
-        return f"whole: {self.n} shards and {len(self.shapes)} weights as in {manifest.NAME}"
+        return f"whole: {held} as in {manifest.NAME}"
 
     def _hash_parts(self, name: str, faults: list[str]) -> list[bytes]:
         """Hashes of the weight's tiles, from every shard; differing copies go to faults."""
@@ -438,6 +439,11 @@ def compare(a: Checkpoint, b: Checkpoint) -> None:
     differing = [name for name in first if first[name] != second[name]]
     if differing:
         raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}")
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things: 1 shard, 2 shards."""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def first_few(items: Sequence[str], sep: str = ", ") -> str:

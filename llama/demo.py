@@ -7,6 +7,7 @@ from pathlib import Path
 from llama import parallel
 from llama.generation import LLaMA
 
+SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
 PROMPTS = [
     # For these, the model should simply go on with the text:
     "I believe the meaning of life is",
@@ -92,7 +93,7 @@ def show_completions(generator: LLaMA, prompts: list[str], meter: Meter, **optio
     outputs = generator.generate(prompts, **options)
     if parallel.rank() == 0:
         for prompt, output in zip(prompts, outputs):
-            print(f"{prompt}{output.text}\n\n==================================\n", flush=True)
+            print(prompt + output.text, end=SEPARATOR, flush=True)
     timing = generator.timing
     peaks = parallel.gather_objects(meter.memory.device_peak())
     parallel.say(

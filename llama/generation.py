@@ -9,7 +9,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, check_shard_count, parse_dtype
+from llama.checkpoint import Checkpoint, check_shard_count, counted, parse_dtype
 from llama.model import KVCache, Transformer
 from llama.tokenizer import Tokenizer
 
@@ -207,8 +207,8 @@ def load_model(
     if ckpt.n != n:
         check_shard_count(ckpt.args, n, f"{ckpt.dir}: with {n} ranks running, it")
         parallel.say(
-            f"{ckpt.dir}: {ckpt.n} shards, cut for {n} ranks while loading; to save that work: "
-            f"python split_model.py --ckpt_dir {ckpt.dir} --n {n}"
+            f"{ckpt.dir}: {counted(ckpt.n, 'shard')}, cut for {counted(n, 'rank')} while loading; "
+            f"to save that work: python split_model.py --ckpt_dir {ckpt.dir} --n {n}"
         )
         # Each rank reads of every shard, but one rank of a machine vouches for each part.
         parts = [(i, name) for i in range(ckpt.n) for name in ckpt.shapes][parallel.local_share()]

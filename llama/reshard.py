@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 from llama import manifest, parallel
-from llama.checkpoint import Checkpoint, Cut, Source, check_shard_count, cut_of, role, tiling
+from llama.checkpoint import (
+    Checkpoint,
+    Cut,
+    Source,
+    check_shard_count,
+    counted,
+    cut_of,
+    role,
+    tiling,
+)
 from llama.manifest import (
     BLOCK_ROWS,
     Manifest,
@@ -203,8 +212,8 @@ def plan(
     return "\n".join(
         [
             *lines,
-            f"{n} shards of {weights:,} bytes, {n * weights:,} in all, in {dtype}",
-            f"to run, each of {n} ranks needs {(weights + cache) / 1e9:.2f} GB: weights "
+            f"{counted(n, 'shard')} of {weights:,} bytes, {n * weights:,} in all, in {dtype}",
+            f"to run, each of {counted(n, 'rank')} needs {(weights + cache) / 1e9:.2f} GB: weights "
             f"{weights / 1e9:.2f} GB, cache {cache / 1e9:.2f} GB ({max_batch_size} rows of "
             f"{max_seq_len} tokens); activations come on top",
         ]

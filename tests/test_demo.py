@@ -14,8 +14,8 @@ def test_without_a_file_the_six_known_prompts_run():
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("one\n\n  two words\n", encoding="utf-8")
-    assert read_prompts(str(path)) == ["one", "  two words"]
+    path.write_text("\ufeffone\r\n\n  two\x0bwords\u2028here\n", encoding="utf-8", newline="")
+    assert read_prompts(str(path)) == ["one", "  two\x0bwords\u2028here"]
 
 
 def test_json_lines_may_hold_line_breaks(tmp_path):

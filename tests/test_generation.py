@@ -10,17 +10,19 @@ from llama import LLaMA
 PROMPTS = ["Once", "The capital of France is", "a b c d e f g h i j k l m", "In short:\n1."]
 
 
-def build(tmp_path, kind="sentencepiece", **options):
+def build(tmp_path, kind="sentencepiece", n_kv_heads=2, **options):
     path, vocab_size = TOKENIZERS[kind]
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=vocab_size, n_kv_heads=2)
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=vocab_size, n_kv_heads=n_kv_heads)
     return LLaMA.build(ckpt_dir, path, **({"max_seq_len": 64} | options))
 
 
+@pytest.mark.parametrize("n_kv_heads", [8, 2])
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_greedy_equals_hugging_face(tmp_path, kind):
-    llama = build(tmp_path, kind)
+def test_greedy_equals_hugging_face(tmp_path, kind, n_kv_heads):
+    llama = build(tmp_path, kind, n_kv_heads)
     stop_ids = sorted(llama.tokenizer.stop_ids)
-    reference = hf_model(random_source(make_params(vocab_size=TOKENIZERS[kind][1], n_kv_heads=2)))
+    params = make_params(vocab_size=TOKENIZERS[kind][1], n_kv_heads=n_kv_heads)
+    reference = hf_model(random_source(params))
     for prompt in PROMPTS:
         ids = torch.tensor([llama.tokenizer.encode(prompt)])
         expected = reference.generate(
@@ -28,6 +30,27 @@ def test_greedy_equals_hugging_face(tmp_path, kind):
         )[0, ids.shape[1] :].tolist()
         (output,) = llama.generate([prompt], max_gen_len=16, temperature=0)
         assert output.token == [token for token in expected if token not in stop_ids]
+
+
+RANKS_CODE = """
+import json
+from llama import LLaMA, parallel
+llama = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len=64)
+outputs = llama.generate(prompts, max_gen_len=16, temperature=0)
+if parallel.rank() == 0:
+    print(json.dumps([output.token for output in outputs]))
+"""
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(("n", "n_kv_heads"), [(2, 8), (4, 2)])
+def test_greedy_on_ranks_equals_one_rank(tmp_path, on_ranks, n, n_kv_heads, kind):
+    path, vocab_size = TOKENIZERS[kind]
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", n=n, vocab_size=vocab_size, n_kv_heads=n_kv_heads)
+    given = {"ckpt_dir": str(ckpt_dir), "tokenizer_path": str(path), "prompts": PROMPTS}
+    alone = LLaMA.build(ckpt_dir, path, max_seq_len=64)  # held to Hugging Face above
+    expected = alone.generate(PROMPTS, max_gen_len=16, temperature=0)
+    assert on_ranks(n, RANKS_CODE, **given) == [output.token for output in expected]
 
 
 @pytest.mark.parametrize("max_batch_size", [32, 3])
@@ -72,6 +95,35 @@ def test_a_seed_makes_sampling_repeatable(tmp_path):
     assert first != llama.generate(PROMPTS, seed=2, **options)
 
 
+def test_the_coldest_temperature_is_greedy(tmp_path):
+    llama = build(tmp_path)
+    greedy = llama.generate(PROMPTS, max_gen_len=12, temperature=0)
+    assert llama.generate(PROMPTS, max_gen_len=12, temperature=1e-40, top_p=1.0) == greedy
+
+
+LOAD_CODE = """
+import json
+from llama import parallel
+watch = parallel.MemoryWatch(interval=0.001)
+from llama.checkpoint import Checkpoint
+from llama.generation import load_model
+model = load_model(Checkpoint(ckpt_dir), parallel.setup())
+peaks = parallel.gather_objects(watch.peak)
+if parallel.rank() == 0:
+    print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (1, 2), (2, 1)])
+def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks, m, n):
+    size = {"dim": 1024, "n_layers": 6, "multiple_of": 256, "vocab_size": 32000}  # 560 MB
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", n=m, **size)
+    share = sum(path.stat().st_size for path in ckpt_dir.glob("*.pth")) / n
+    peaks = on_ranks(n, LOAD_CODE, ckpt_dir=str(ckpt_dir))
+    # Mapped, or copied once where the cut takes rows apart; importing torch alone takes 150 MB.
+    assert max(peaks) < (0 if m == n else share) + 300e6
+
+
 def test_max_seq_len_is_used_to_the_last_position(tmp_path):
     llama = build(tmp_path, max_seq_len=20)
     llama.tokenizer.stop_ids = frozenset()
@@ -87,6 +139,9 @@ def test_max_seq_len_is_used_to_the_last_position(tmp_path):
         (["ok"], {"temperature": -1}, "temperature"),
         (["ok"], {"top_p": 0}, "top_p"),
         (["ok"], {"max_gen_len": 0}, "max_gen_len"),
+        (["ok"], {"seed": -1}, "seed"),
+        (["ok"], {"seed": 2**63}, "seed"),
+        (["ok"], {"temperature": float("inf")}, "temperature"),
     ],
 )
 def test_bad_requests_are_named(tmp_path, prompts, options, message):

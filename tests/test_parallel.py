@@ -8,10 +8,7 @@ import sys
 import time
 
 import pytest
-import torch
 from conftest import REPO, TOKENIZERS, make_ckpt, run_script
-
-from llama import parallel
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
@@ -89,6 +86,59 @@ def main():
     assert seconds < 20
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("torch.empty(1 << 50)", "error: out of memory"),
+        ("raise torch.OutOfMemoryError('CUDA out of memory. Tried')", "error: out of memory (CUDA"),
+        ("raise MemoryError()", "error: out of memory"),
+        ("raise KeyError('a fault of ours')", "KeyError: 'a fault of ours'"),
+    ],
+)
+def test_a_rank_out_of_memory_or_at_fault_takes_all_down_and_says_why(tmp_path, failure, message):
+    result, seconds = run_code(
+        tmp_path,
+        f"""
+def main():
+    parallel.setup()
+    if parallel.rank() == 1:
+        {failure}
+    torch.distributed.all_reduce(torch.ones(1))
+""",
+    )
+    assert result.returncode == 1
+    assert result.stderr.count(message) == 1
+    assert seconds < 20
+
+
+def test_fewer_cards_than_ranks_is_said_before_a_rank_takes_one(tmp_path):
+    result, _ = run_code(
+        tmp_path,
+        """
+torch.cuda.device_count = lambda: 1
+def main():
+    parallel.setup()
+""",
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("error: this machine shows 1 cards, but 2 ranks") == 1
+
+
+def test_a_lone_rank_is_heard_before_the_group_is_made(tmp_path):
+    result, seconds = run_code(
+        tmp_path,
+        """
+def main():
+    if parallel.rank() == 1:
+        raise ValueError("only rank 1 knows")
+    parallel.setup()
+""",
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("error: only rank 1 knows") == 1
+    assert seconds < 20
+
+
 def test_results_of_every_rank_are_gathered_in_order(tmp_path):
     result, _ = run_code(
         tmp_path,
@@ -124,14 +174,22 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path):
 
 
 def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path):
-    path = tmp_path / "mapped.pth"
-    torch.save(torch.ones(16 << 20), path)
+    result, _ = run_code(
+        tmp_path,
+        f"""
+import time
+def main():
+    torch.save(torch.ones(16 << 20), {str(tmp_path / "mapped.pth")!r})
     watch = parallel.MemoryWatch(interval=0.001)
-    time.sleep(0.05)
+    time.sleep(0.1)
     before = watch.peak
-    torch.load(path, mmap=True).sum()
-    time.sleep(0.05)
+    torch.load({str(tmp_path / "mapped.pth")!r}, mmap=True).sum()
+    time.sleep(0.1)
     assert watch.peak - before < 16 << 20
     held = torch.ones(16 << 20)
-    time.sleep(0.05)
+    time.sleep(0.1)
     assert watch.peak - before > held.nbytes * 0.9
+""",
+        n=None,
+    )
+    assert result.returncode == 0, result.stderr
