@@ -4,6 +4,8 @@ python split_model.py --ckpt_dir ckpts/7B --n 4
 python split_model.py --ckpt_dir ckpts/7B_fs4 --verify
 """
 
+from pathlib import Path
+
 from llama import parallel
 from llama.checkpoint import Checkpoint, compare, counted, parse_dtype
 from llama.reshard import plan, write_checkpoint
@@ -36,13 +38,20 @@ def main(
         return
     if n is None and not verify:
         raise ValueError("--n is needed: how many shards to write (or --verify, to check a folder)")
+    if verify and dry_run:
+        raise ValueError("--verify reads everything, and --dry_run nothing: give one of them")
+    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
     wanted = parse_dtype(dtype)
     ckpt = Checkpoint(ckpt_dir)
     if dry_run:
-        print(plan(ckpt, n or ckpt.n, wanted, max_seq_len, max_batch_size))
+        print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
     if n is not None:
-        out_dir = out_dir or f"{ckpt_dir.rstrip('/')}_fs{n}"
+        out_dir = out_dir or default_out_dir(ckpt_dir, n)
+        if Path(ckpt_dir).resolve() in Path(out_dir).resolve().parents:
+            raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
         write_checkpoint(ckpt.source(), out_dir, n, wanted)
         print(f"{out_dir}: {counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
               f"example.py --ckpt_dir {out_dir} --tokenizer_path …")  # fmt: skip
@@ -51,12 +60,15 @@ def main(
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
     elif verify:
         out = Checkpoint(out_dir)
-        if wanted in (None, ckpt.dtype):
-            compare(ckpt, out)
-            print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}")
-        else:
-            out.verify()
-            print(f"{out_dir}: {out.what_was_verified()}")
+        compare(ckpt, out)
+        print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}")
+
+
+def default_out_dir(ckpt_dir: str, n: int) -> Path:
+    """The folder's name with _fs and n behind it, beside it."""
+    folder = Path(ckpt_dir)
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    return folder.with_name(f"{folder.name}_fs{n}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """What a checkpoint folder is: the shard table; open, check, read any part of it, verify."""
 
 import dataclasses
+import functools
 import json
+import pickletools
+import re
+import reprlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -29,6 +34,13 @@ SHARD_DIMS = {
     "norm": None,
     "output": 0,
 }
+# What the pickle of a dict of tensors refers to, besides the classes of their storages.
+PLAIN = (
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+)
+LONGEST_PICKLE = 1 << 26
 SURPLUS = "rope.freqs"  # in Meta's files, in Llama 1's once a layer; recomputed, so not read
 DTYPES = {
     "float32": torch.float32,
@@ -45,7 +57,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]  # full shape of each weight, by Meta's names
     dtype: torch.dtype
     read: Callable[[str], torch.Tensor]
-    files: dict[str, bytes] = field(default_factory=dict)  # for the folder beside: the tokenizer
+    files: dict[str, bytes | Path] = field(default_factory=dict)  # beside the shards: tokenizer
     read_part: Callable[[str, int, int, int], torch.Tensor] | None = None  # see Checkpoint.read
     check: Callable[[str, list[bytes]], None] | None = None  # see Checkpoint.check_weight
 
@@ -128,6 +140,19 @@ def tiling(name: str, args: ModelArgs) -> tuple[int, int]:
     return dim, args.n_kv_heads if kv else args.common_divisor
 
 
+def describe_weights(args: ModelArgs, n: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict]:
+    """What a manifest says of every weight in n shards, but for its hash."""
+    described = {}
+    for name, full in weight_shapes(args).items():
+        cut = cut_of(name, args, n)
+        described[name] = {
+            "shape": list(full),
+            "dtype": str(dtypes[name]).removeprefix("torch."),
+            "cut": {"dim": cut.dim, "pieces": cut.pieces},
+        }
+    return described
+
+
 def check_shard_count(args: ModelArgs, n: int, what: str) -> None:
     """Raise ValueError, with the counts that would do, when the model cannot be cut into n."""
     valid = args.valid_shard_counts()
@@ -158,11 +183,13 @@ class Checkpoint:
         first = self._open(0)
         self.args = self._model_args(first)
         self.shapes = weight_shapes(self.args)
-        self.dtype = first["output.weight"].dtype
+        self.dtypes = {name: weight.dtype for name, weight in first.items()}
         # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
         by_vocab = (self.args.vocab_size // self.n, self.args.dim)
         self._embedding_dim = int(tuple(first["tok_embeddings.weight"].shape) != by_vocab)
         self._check_names_and_shapes(0, first)
+        # The one to which all can be widened without loss, where they differ.
+        self.dtype = functools.reduce(torch.promote_types, self.dtypes.values())
         if self.n not in self.args.valid_shard_counts():
             raise ValueError(
                 f"{self.dir}: {counted(self.n, 'shard')}, but the model in params.json cuts into "
@@ -209,9 +236,17 @@ class Checkpoint:
                 f"{self.dir / 'params.json'}: says {first_few(changed)} as {where} does; put the "
                 f"old values back, or, if they are meant to change, remove {manifest.NAME}"
             )
-        tables = [self.manifest.weights] + [s["tensors"] for s in self.manifest.shards.values()]
-        if any(table.keys() != self.shapes.keys() for table in tables):
-            raise ValueError(f"{where}: does not list the weights of the model in params.json")
+        wanted = describe_weights(self.args, self.n, self.dtypes)
+        said = {
+            name: {key: value for key, value in weight.items() if key != "sha256"}
+            for name, weight in self.manifest.weights.items()
+        }
+        tables = [shard["tensors"].keys() for shard in self.manifest.shards.values()]
+        if self.manifest.n != self.n or said != wanted or any(t != wanted.keys() for t in tables):
+            raise ValueError(
+                f"{where}: does not describe the weights of the model in params.json as they lie "
+                "in these shards; is it another folder's?"
+            )
 
     def _model_args(self, shard: dict[str, torch.Tensor]) -> ModelArgs:
         where = self.dir / "params.json"
@@ -226,7 +261,7 @@ class Checkpoint:
                 f"{len(shard)} weights"
             )
         for name in ("tok_embeddings.weight", "output.weight"):
-            if name not in shard or shard[name].dim() != 2:
+            if name not in shard or shard[name].dim() != 2 or not shard[name].numel():
                 raise ValueError(f"{self.paths[0]}: no matrix {name} in it")
         if args.vocab_size == -1:
             args.vocab_size = shard["output.weight"].shape[0] * self.n
@@ -289,6 +324,11 @@ class Checkpoint:
                 raise ValueError(
                     f"{path}: {name} is {weight.dtype}, not one of {', '.join(DTYPES)}"
                 )
+            if weight.dtype != self.dtypes[name]:
+                raise ValueError(
+                    f"{path}: {name} is {weight.dtype}, but {self.dtypes[name]} in "
+                    f"{self.paths[0].name}; are they shards of different checkpoints?"
+                )
 
     def check_part(self, i: int, name: str) -> None:
         """Raise ValueError if shard i does not hold of the weight what the manifest says.
@@ -337,15 +377,17 @@ class Checkpoint:
         hashes: dict[str, str] = {}
         with parallel.byte_bar(sum(path.stat().st_size for path in self.paths)) as bar:
             for name in self.shapes:
+                known = len(faults)
                 tiles = self._hash_parts(name, faults)
                 hashes[name] = content_hash(tiles)
                 try:
-                    self.check_weight(name, tiles)
+                    if len(faults) == known:
+                        self.check_weight(name, tiles)
                 except ValueError as error:
                     faults.append(str(error))
                 bar.update(sum(shard[name].nbytes for shard in self._shards.values()))
         if faults:
-            raise ValueError(first_few(list(dict.fromkeys(faults)), "; "))
+            raise ValueError(first_few(faults, "; "))
         return hashes
 
     def what_was_verified(self) -> str:
@@ -409,9 +451,7 @@ class Checkpoint:
 
     def source(self) -> Source:
         """This checkpoint as something to write anew, its tokenizer files along with it."""
-        files = {
-            path.name: path.read_bytes() for path in self.dir.glob("tokenizer*") if path.is_file()
-        }
+        files = {path.name: path for path in self.dir.glob("tokenizer*") if path.is_file()}
         params = self.params | {"vocab_size": self.args.vocab_size}
         return Source(
             params, self.shapes, self.dtype, self.read, files, self.read, self.check_weight
@@ -425,17 +465,19 @@ def _whose(found: str, hashes: dict[str, str]) -> str:
 
 
 def compare(a: Checkpoint, b: Checkpoint) -> None:
-    """Raise ValueError, naming what differs, unless two folders hold the same model, whole."""
+    """Raise ValueError, naming what differs, unless two folders hold the same model, whole.
+
+    Where their dtypes differ, b must hold what a's weights become in b's.
+    """
     first, second = (dataclasses.asdict(ckpt.args) for ckpt in (a, b))
     differing = [key for key in first if first[key] != second[key]]
     if differing:
         raise ValueError(f"{a.dir} and {b.dir}: different models ({', '.join(differing)})")
-    if a.dtype != b.dtype:
-        raise ValueError(
-            f"{a.dir} holds {a.dtype} and {b.dir} {b.dtype}, so no byte can be the same; cut with "
-            "--dtype first to compare"
-        )
     first, second = a.verify(), b.verify()
+    if a.dtypes != b.dtypes:  # b must then be what a becomes in b's dtypes
+        for name in first:
+            weight = a.read(name).to(b.dtypes[name])
+            first[name] = content_hash(sha256_of_tiles(weight, *tiling(name, a.args)))
     differing = [name for name in first if first[name] != second[name]]
     if differing:
         raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}")
@@ -449,7 +491,9 @@ def counted(n: int, noun: str) -> str:
 def first_few(items: Sequence[str], sep: str = ", ") -> str:
     """The first few of many items, with the number of the others, for one line of a message."""
     more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return sep.join(items[:4]) + more
+    # Names out of a file may hold anything: line ends, codes for the terminal.
+    plain = (x if x.isprintable() and len(x) < 1000 else reprlib.repr(x) for x in items[:4])
+    return sep.join(plain) + more
 
 
 def _read_params(ckpt_dir: Path) -> dict:
@@ -473,25 +517,32 @@ def _read_params(ckpt_dir: Path) -> dict:
 
 
 def _find_shards(ckpt_dir: Path) -> list[Path]:
-    found = {
-        prefix: sorted(ckpt_dir.glob(prefix + ".*.pth"))
-        for prefix in ("consolidated", "fs_consolidated")
-    }
-    if not any(found.values()):
+    found: dict[str, set[str]] = {}
+    for path in ckpt_dir.iterdir():
+        if match := re.fullmatch(r"((?:fs_)?consolidated)\.\d+\.pth", path.name):
+            found.setdefault(match[1], set()).add(path.name)
+    if not found:
         raise FileNotFoundError(
             f"{ckpt_dir}: no shards in it (consolidated.*.pth or fs_consolidated.*.pth)"
         )
-    if all(found.values()):
+    if len(found) == 2:
         raise ValueError(
             f"{ckpt_dir}: holds both consolidated.*.pth and fs_consolidated.*.pth; "
             "move one of the two sets into a folder of its own, with a copy of params.json"
         )
-    prefix, paths = next(item for item in found.items() if item[1])
-    expected = [ckpt_dir / f"{prefix}.{i:02d}.pth" for i in range(len(paths))]
-    if paths != expected:
-        absent = next(path for path in expected if path not in paths)
-        raise ValueError(f"{absent}: missing, though {paths[-1].name} is there")
-    return paths
+    ((prefix, names),) = found.items()
+    expected = [ckpt_dir / shard_name(i, prefix) for i in range(len(names))]
+    for path in expected:
+        if path.name not in names:
+            raise ValueError(f"{path}: missing, though {max(names)} is there")
+        if not path.is_file():
+            raise ValueError(f"{path}: not a file")
+    return expected
+
+
+def shard_name(i: int, prefix: str = "fs_consolidated") -> str:
+    """The file name of shard i."""
+    return f"{prefix}.{i:02d}.pth"
 
 
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
@@ -502,6 +553,10 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     try:
         with path.open("rb") as file:
             mappable = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            if not mappable:  # magic number, version and system, then the dict
+                for _ in range(4):
+                    _check_pickle(file)
         if mappable:
             _check_archive(path)
         else:
@@ -512,10 +567,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise ValueError(f"{path}: unreadable ({error})") from None
     except Exception as error:  # torch raises whatever the bytes provoke
-        if "weights_only" in str(error):
-            reason = "it holds more than tensors, and loading that could run code"
-        else:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a checkpoint, or damaged: {reason}") from None
     plain = isinstance(shard, dict) and all(
         isinstance(name, str) and type(weight) in (torch.Tensor, torch.nn.Parameter)
@@ -545,3 +597,20 @@ def _check_archive(path: Path) -> None:
                 raise ValueError(f"record {record.filename} is compressed")
             if record.header_offset + record.file_size > size:
                 raise ValueError(f"record {record.filename} reaches past the end of the file")
+            if record.filename.endswith("/data.pkl"):
+                if record.file_size > LONGEST_PICKLE:
+                    raise ValueError(f"record {record.filename} is {record.file_size:,} bytes long")
+                _check_pickle(archive.open(record))
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """A pickle may name nothing but what a dict of plain tensors is made of.
+
+    weights_only=True keeps code from running; but what else it allows may ask for any amount of
+    memory, or for tensors without content.
+    """
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and (
+            argument not in PLAIN and not re.fullmatch(r"torch \w+Storage", str(argument))
+        ):
+            raise ValueError(f"it holds more than tensors ({argument}), which could run code")

@@ -3,11 +3,13 @@
 A weight is hashed in tiles: the finest parts into which any number of shards may cut it, each in
 blocks of 512 rows. Its content hash is the SHA-256 of its tiles' SHA-256, part after part, and that
 of what one shard holds of it likewise. So the hash of a weight does not depend on n, and one
-reading of the shards gives both.
+reading of the shards gives both. (A shard is a zip archive, whose own checksums nobody fills in.)
 """
 
 import hashlib
 import json
+import os
+import reprlib
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -20,7 +22,7 @@ import torch
 NAME = "manifest.json"
 FORMAT = 1
 BLOCK_ROWS = 512
-LONGEST = 1 << 26  # bytes; a model of 80 layers in 16 shards takes 2 MB
+LONGEST = 1 << 24  # bytes; a model of 80 layers in 16 shards takes 2 MB
 
 
 @dataclass
@@ -37,14 +39,19 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest | None":
         """The manifest of a folder, None if it has none; ValueError if it cannot be one."""
         path = folder / NAME
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
+            if not path.is_file():
+                raise ValueError("a link that leads nowhere, or no file")
             if path.stat().st_size > LONGEST:
                 raise ValueError(f"longer than {LONGEST:,} bytes")
             value = json.loads(path.read_text(encoding="utf-8"))
-            if value["format"] != FORMAT:
-                raise ValueError(f"format {value['format']}, but this program knows {FORMAT}")
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+            if value.get("format") != FORMAT:
+                found = reprlib.repr(value.get("format"))
+                raise ValueError(f"format {found}, but this program knows {FORMAT}")
             manifest = cls(**value)
             manifest._check_types()
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -54,14 +61,19 @@ class Manifest:
         return manifest
 
     def _check_types(self) -> None:
-        wanted = {"shape": list, "dtype": str, "cut": dict, "sha256": str}
-        entries = [(weight, wanted) for weight in self.weights.values()]
-        wanted = {"size": int, "frame_sha256": str, "tensors": dict}
-        entries += [(shard, wanted) for shard in self.shards.values()]
-        for entry, kinds in entries:
+        def check(table: object, kinds: dict[str, type]) -> None:
+            if not isinstance(table, dict):
+                raise ValueError("not an object where one is wanted")
             for key, kind in kinds.items():
-                if type(entry[key]) is not kind:
+                if type(table[key]) is not kind:
                     raise ValueError(f"{key} is not of type {kind.__name__}")
+
+        check(vars(self), {"params": dict, "n": int, "weights": dict, "shards": dict})
+        for weight in self.weights.values():
+            check(weight, {"shape": list, "dtype": str, "cut": dict, "sha256": str})
+        for shard in self.shards.values():
+            check(shard, {"size": int, "frame_sha256": str, "tensors": dict})
+            check(shard["tensors"], dict.fromkeys(shard["tensors"], str))
 
     def text(self) -> str:
         """The content of manifest.json."""
@@ -78,10 +90,15 @@ def sha256_of(tile: torch.Tensor) -> bytes:
     return hashlib.sha256(bytes_of(tile)).digest()
 
 
+def hash_pool() -> ThreadPoolExecutor:
+    """As many threads as torch uses, up to where they would wait for memory and disk alone."""
+    return ThreadPoolExecutor(min(torch.get_num_threads(), 8))
+
+
 def sha256_of_tiles(weight: torch.Tensor, dim: int, count: int) -> list[bytes]:
     """Hashes of the tiles of a weight in count parts along dim, on as many threads as torch has."""
     tiles = [tile for part in weight.chunk(count, dim) for tile in part.split(BLOCK_ROWS)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with hash_pool() as pool:
         return list(pool.map(sha256_of, tiles))
 
 

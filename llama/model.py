@@ -1,6 +1,7 @@
 """The LLaMA transformer on fairscale's layers: one class for cached generation and for training."""
 
 import math
+import reprlib
 from dataclasses import dataclass, fields
 
 import torch
@@ -45,7 +46,7 @@ class ModelArgs:
             value = getattr(self, name)
             unset = name == "vocab_size" and value == -1
             if type(value) is not int or not (unset or 0 < value < 2**31):
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+                raise ValueError(f"{name} must be a positive integer, not {reprlib.repr(value)}")
         if self.ffn_dim_multiplier is None:
             self.ffn_dim_multiplier = 1.0
         for name in (
@@ -57,15 +58,18 @@ class ModelArgs:
         ):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+                raise ValueError(f"{name} must be a positive number, not {reprlib.repr(value)}")
         if type(self.use_scaled_rope) is not bool:
-            raise ValueError(f"use_scaled_rope must be true or false, not {self.use_scaled_rope!r}")
+            value = reprlib.repr(self.use_scaled_rope)
+            raise ValueError(f"use_scaled_rope must be true or false, not {value}")
         if self.rope_high_freq_factor == 1:
             raise ValueError("rope_high_freq_factor must differ from the low one, which is 1")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+        if self.hidden_dim < 1:
+            raise ValueError(f"ffn_dim_multiplier {self.ffn_dim_multiplier} leaves no FFN")
 
     @classmethod
     def from_params(cls, params: dict) -> "ModelArgs":

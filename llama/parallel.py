@@ -201,6 +201,9 @@ def run(main: Callable[..., None]) -> None:
         if rank():
             time.sleep(SILENT_EXIT_DELAY)
         raise
+    except KeyboardInterrupt:
+        say("interrupted")
+        os._exit(130)
     except Exception as error:
         message = _explain(error)
         if message is None and world_size() == 1:

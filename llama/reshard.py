@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,9 @@ from llama.checkpoint import (
     check_shard_count,
     counted,
     cut_of,
+    describe_weights,
     role,
+    shard_name,
     tiling,
 )
 from llama.manifest import (
@@ -30,6 +32,7 @@ from llama.manifest import (
     bytes_of,
     content_hash,
     frame_sha256,
+    hash_pool,
     sha256_of,
     tensor_ranges,
 )
@@ -45,7 +48,7 @@ def write_checkpoint(
     n that does not divide, a damaged source or a folder in use, OSError for a disk that cannot
     take it.
     """
-    out_dir, dtype = Path(out_dir), dtype or source.dtype
+    out_dir, dtype = Path(os.path.abspath(out_dir)), dtype or source.dtype
     args = ModelArgs.from_params(source.params)
     check_shard_count(args, n, str(out_dir))
     cuts = {name: cut_of(name, args, n) for name in source.shapes}
@@ -54,18 +57,28 @@ def write_checkpoint(
         hashes: dict[str, list[bytes]] = {}
         with (
             _lay_out(folder, source.shapes, cuts, n, dtype) as shards,
+            _flushing(shards) as check_flushed,
             parallel.byte_bar(total) as bar,
-            ThreadPoolExecutor(torch.get_num_threads()) as pool,
+            hash_pool() as pool,
         ):
             for name, cut in cuts.items():
                 writer = _WeightWriter(source, name, cut, *tiling(name, args), dtype, shards)
                 hashes[name] = writer.run(pool)
+                check_flushed()
                 bar.update(n * writer.part_bytes)
         for name, content in source.files.items():
-            (folder / name).write_bytes(content)
-        (folder / "params.json").write_text(json.dumps(source.params, indent=2) + "\n")
-        text = _describe(folder, source, cuts, hashes, dtype).text()
-        (folder / manifest.NAME).write_text(text, encoding="utf-8")
+            with _naming(folder / name):
+                if isinstance(content, Path):
+                    shutil.copyfile(content, folder / name)
+                else:
+                    (folder / name).write_bytes(content)
+        texts = {
+            "params.json": json.dumps(source.params, indent=2) + "\n",
+            manifest.NAME: _describe(folder, source.params, args, n, hashes, dtype).text(),
+        }
+        for name, text in texts.items():
+            with _naming(folder / name):
+                (folder / name).write_text(text, encoding="utf-8")
 
 
 class _ShardFile:
@@ -152,35 +165,31 @@ class _WeightWriter:
 
 def _describe(
     folder: Path,
-    source: Source,
-    cuts: dict[str, Cut],
+    params: dict,
+    args: ModelArgs,
+    n: int,
     hashes: dict[str, list[bytes]],
     dtype: torch.dtype,
 ) -> Manifest:
     """The manifest of a folder just written, from the hashes of its weights' tiles."""
-    paths = sorted(folder.glob("*.pth"))
-    weights = {
-        name: {
-            "shape": list(source.shapes[name]),
-            "dtype": str(dtype).removeprefix("torch."),
-            "cut": {"dim": cut.dim, "pieces": cut.pieces},
-            "sha256": content_hash(hashes[name]),
-        }
-        for name, cut in cuts.items()
-    }
+    weights = describe_weights(args, n, dict.fromkeys(hashes, dtype))
+    for name, tiles in hashes.items():
+        weights[name]["sha256"] = content_hash(tiles)
     shards = {}
-    for i, path in enumerate(paths):
+    for i in range(n):
         tensors = {}
-        for name, cut in cuts.items():
-            per_piece = len(hashes[name]) // cut.pieces
+        for name, tiles in hashes.items():
+            cut = cut_of(name, args, n)
+            per_piece = len(tiles) // cut.pieces
             first = cut.piece_of(i) * per_piece
-            tensors[name] = content_hash(hashes[name][first : first + per_piece])
+            tensors[name] = content_hash(tiles[first : first + per_piece])
+        path = folder / shard_name(i)
         shards[path.name] = {
             "size": path.stat().st_size,
             "frame_sha256": frame_sha256(path),
             "tensors": tensors,
         }
-    return Manifest(source.params, len(paths), weights, shards)
+    return Manifest(params, n, weights, shards)
 
 
 def plan(
@@ -223,41 +232,55 @@ def plan(
 @contextlib.contextmanager
 def _new_folder(out_dir: Path) -> Iterator[Path]:
     """A folder to fill under a temporary name, renamed to out_dir when all in it is on disk."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir}: already there and not empty; remove it or choose another")
+    _check_free(out_dir)
     folder = out_dir.parent / f".{out_dir.name}.partial"
     new_parents = [parent for parent in out_dir.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{out_dir}: another run is writing it; wait for that one") from None
-    try:
-        for path in folder.iterdir():  # of a run that was killed
-            path.unlink()
-        yield folder
-        for path in [*folder.iterdir(), folder]:
-            _fsync(path)
-        folder.rename(out_dir)
-        _fsync(out_dir.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in new_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    finally:
-        os.close(lock)
+    with contextlib.ExitStack() as stack:
+        with _naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had the lock may just have renamed or removed the folder.
+            mine = folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise ValueError(f"{out_dir}: another run is writing it; wait for that one")
+        try:
+            _check_free(out_dir)
+            for path in folder.iterdir():  # of a run that was killed
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield folder
+            for path in [*folder.iterdir(), folder]:
+                _fsync(path)
+            with _naming(out_dir):
+                folder.rename(out_dir)
+            _fsync(out_dir.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new_parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+def _check_free(out_dir: Path) -> None:
+    """The name must be free, or that of an empty folder, which a rename can replace."""
+    if os.path.ismount(out_dir) or out_dir.is_symlink():
+        raise ValueError(f"{out_dir}: a link or mount point; name a new folder inside it")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir}: already there and not empty; remove it or choose another")
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _bytes_of(
@@ -276,44 +299,57 @@ def _lay_out(
     n: int,
     dtype: torch.dtype,
 ) -> Iterator[list[_ShardFile]]:
-    """n shard files with their disk space taken; on leaving, all that was written is on disk."""
+    """n shard files with their disk space taken, to be filled."""
     needed = _bytes_of(full, cuts, n, dtype)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{folder.parent}: {needed:,} bytes needed, but only {free:,} are free")
     shapes = {name: cut.shape(full[name]) for name, cut in cuts.items()}
-    shards, ended = [], threading.Event()
-    for i in range(n):
-        path = folder / f"fs_consolidated.{i:02d}.pth"
-        # Never touched, so these take address space but no memory.
-        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-        try:
-            with torch.serialization.skip_data():
-                torch.save(empty, str(path))
-        except RuntimeError:  # how torch says that the system refused a write, and not why
-            raise OSError(f"{path}: cannot be written; is the disk full, or a limit set?") from None
-        shards.append(_ShardFile(path, cuts))
-        with _naming(path):
-            os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
+    shards: list[_ShardFile] = []
+    with contextlib.ExitStack() as stack:
+        for i in range(n):
+            path = folder / shard_name(i)
+            # Never touched, so these take address space but no memory.
+            empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+            try:
+                with torch.serialization.skip_data():
+                    torch.save(empty, str(path))
+            except RuntimeError:  # how torch says that the system refused a write, and not why
+                raise OSError(f"{path}: cannot be written; is the disk full?") from None
+            shards.append(_ShardFile(path, cuts))
+            stack.callback(os.close, shards[-1].descriptor)
+            with _naming(path):
+                os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
+        yield shards
+
+
+@contextlib.contextmanager
+def _flushing(shards: list[_ShardFile]) -> Iterator[Callable[[], None]]:
+    """Let the disk write what is done while more is being done: little is left at the end.
+
+    Gives what raises the OSError that this has met: the system tells it once, so that no later
+    fsync would know.
+    """
+    ended = threading.Event()
     failures: list[OSError] = []
 
     def flush() -> None:
-        """The disk writes what is done while more is being done: little is left at the end."""
         while not ended.wait(0.01) and not failures:
             try:
                 for shard in shards:
                     shard.flush()
-            except OSError as error:  # the system tells it once: no later fsync would know
+            except OSError as error:
                 failures.append(error)
+
+    def check() -> None:
+        if failures:
+            raise failures[0]
 
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
     try:
-        yield shards
+        yield check
     finally:
         ended.set()
         thread.join()
-        for shard in shards:
-            os.close(shard.descriptor)
-    if failures:
-        raise failures[0]
+    check()

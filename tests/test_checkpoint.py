@@ -49,6 +49,11 @@ BAD = {
     "other dim": (edit_params(dim=128), "params.json wants"),
     "other layers": (edit_params(n_layers=3), "missing weights layers.2"),
     "absurd layers": (edit_params(n_layers=10**9), "n_layers"),
+    "no FFN": (edit_params(ffn_dim_multiplier=1e-9), "leaves no FFN"),
+    "other files beside": (
+        lambda f: [last(f).rename(f / "fs_consolidated.copy.pth")],
+        "shard missing",
+    ),
     "no shards": (lambda f: [p.unlink() for p in f.glob("*.pth")], "no shards"),
     "first shard gone": (lambda f: (f / "fs_consolidated.00.pth").unlink(), "00.pth: missing"),
     "last shard gone": (lambda f: last(f).unlink(), "shard missing"),
@@ -79,6 +84,49 @@ def test_bad_folders_are_named(tmp_path, capfd, damage, message):
         write_checkpoint(Checkpoint(folder).source(), tmp_path / "out", 1)
     assert "this code ran" not in capfd.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+META = {
+    "tensors without content": lambda s: s.update({"norm.weight": s["norm.weight"].to("meta")}),
+    "sparse": lambda s: s.update({"norm.weight": s["norm.weight"].to_sparse()}),
+}
+
+
+@pytest.mark.parametrize("change", META.values(), ids=META)
+def test_only_plain_tensors_are_read(tmp_path, change):
+    folder = make_ckpt(tmp_path / "ckpt", n=2, vocab_size=512)
+    (folder / "manifest.json").unlink()
+    edit_shard(change)(folder)
+    with pytest.raises(ValueError, match=r"01.pth: .*more than tensors \(torch\._utils"):
+        Checkpoint(folder).verify()
+
+
+def test_a_mixture_of_dtypes_is_widened_and_never_narrowed(tmp_path):
+    folder = make_ckpt(tmp_path / "ckpt", n=2, dtype=torch.bfloat16, vocab_size=512)
+    (folder / "manifest.json").unlink()
+    fine = torch.rand(64)
+    for path in folder.glob("*.pth"):
+        torch.save(torch.load(path) | {"norm.weight": fine}, path)
+    before = {name: Checkpoint(folder).read(name) for name in ("norm.weight", "output.weight")}
+    write_checkpoint(Checkpoint(folder).source(), tmp_path / "out", 1)
+    out = Checkpoint(tmp_path / "out")
+    assert out.dtype == torch.float32
+    for name, weight in before.items():
+        assert torch.equal(out.read(name), weight.float())
+    edit_shard(lambda s: s.update({"norm.weight": fine.bfloat16()}))(folder)
+    with pytest.raises(ValueError, match=r"norm.weight is torch.bfloat16, but torch.float32 in"):
+        Checkpoint(folder).verify()
+
+
+def test_names_out_of_a_file_cannot_write_to_the_terminal(tmp_path):
+    folder = make_ckpt(tmp_path / "ckpt", n=2, vocab_size=512)
+    (folder / "manifest.json").unlink()
+    names = ["evil\nerror: all fine\x1b[31m", "long" * 100_000]
+    edit_shard(lambda s: s.update({name: torch.ones(1) for name in names}))(folder)
+    with pytest.raises(ValueError, match="unknown") as caught:
+        Checkpoint(folder).verify()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 def test_surplus_rope_freqs_are_ignored(tmp_path):

@@ -1,5 +1,6 @@
 """Any m shards into any n: exact to the bit, the same at every run, whole or not there."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -96,6 +97,14 @@ def test_one_to_four_is_one_to_two_to_four(tmp_path):
     by_way = reshard(reshard(one, tmp_path / "2", 2), tmp_path / "4 again", 4)
     again = reshard(one, tmp_path / "4 once more", 4)
     assert file_hashes(by_way) == file_hashes(direct) == file_hashes(again)
+
+
+def test_more_than_a_hundred_shards_keep_their_order(tmp_path):
+    params = {"dim": 256, "n_heads": 128, "n_kv_heads": 8, "vocab_size": 256, "multiple_of": 128}
+    one = make_ckpt(tmp_path / "1", n_layers=1, **params)
+    many = Checkpoint(reshard(one, tmp_path / "128", 128))
+    assert many.verify() == Checkpoint(one).verify()
+    assert file_hashes(reshard(tmp_path / "128", tmp_path / "merged", 1)) == file_hashes(one)
 
 
 RANKS_CODE = """
@@ -224,6 +233,32 @@ def test_a_folder_that_another_run_is_writing_is_left_to_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_no_link_is_followed_or_replaced(tmp_path):
+    source = random_source(make_params(vocab_size=512))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name, target in (("out", "empty"), (".other.partial", "mine")):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(ValueError, match="out: a link or mount point"):
+        write_checkpoint(source, tmp_path / "out")
+    with pytest.raises(OSError, match=r"\.other\.partial: cannot be written"):
+        write_checkpoint(source, tmp_path / "other")
+    assert (tmp_path / "mine" / "precious").read_text() == "mine"
+
+
+def test_a_disk_that_fails_while_it_writes_ends_the_work(tmp_path, monkeypatch):
+    def failing(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"\.pth: cannot be written: Input/output error"):
+        write_checkpoint(random_source(make_params(vocab_size=512)), tmp_path / "out", 2)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
 def test_too_little_space_is_found_before_the_work_begins(tmp_path, monkeypatch):
     source = random_source(make_params(vocab_size=512))
     source.read = None  # the work would begin here
@@ -302,4 +337,6 @@ def test_split_model_plans_cuts_and_verifies(tmp_path):
     other = run_script("split_model.py", *flags, "--out_dir", tmp_path / "other", "--verify")
     assert other.returncode == 1
     assert "different models (norm_eps)" in other.stderr
+    inside = run_script("split_model.py", *flags, "--n", 4, "--out_dir", ckpt_dir / "new")
+    assert "inside" in inside.stderr
     assert run_script("split_model.py", *flags).stderr.startswith("error: --n is needed")
