@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from random_model import random_source
+from random_model import hf_config, random_source
 
 from llama import LLaMA, parallel
 from llama.checkpoint import Checkpoint
@@ -87,16 +87,7 @@ def bare_collectives(model: torch.nn.Module, n: int, layers_gather: bool) -> Cal
 
 def hugging_face(ids: list[int], model: torch.nn.Module) -> Callable[[], object]:
     """transformers' generate over a model of the same shape."""
-    args = model.args
-    config = transformers.LlamaConfig(
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        vocab_size=args.vocab_size,
-        intermediate_size=args.hidden_dim,
-        pad_token_id=0,
-    )
-    reference = transformers.LlamaForCausalLM(config).eval()
+    reference = transformers.LlamaForCausalLM(hf_config(model.args, pad_token_id=0)).eval()
     prompt = torch.tensor([ids])
     lengths = {"max_new_tokens": GEN_LEN, "min_new_tokens": GEN_LEN}
     return lambda: reference.generate(prompt, do_sample=False, **lengths)

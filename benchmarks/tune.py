@@ -15,7 +15,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from random_model import random_source
+from random_model import hf_config, random_source
 
 from llama import parallel
 from llama.checkpoint import Checkpoint
@@ -30,17 +30,8 @@ BSZ, SEQLEN, VIRTUAL, STEPS, ROUNDS = 8, 64, 32, 3, 5
 
 def hugging_face_model(ckpt: Checkpoint) -> torch.nn.Module:
     """PEFT over LlamaForCausalLM of the same shape; its weights do not matter here."""
-    args = ckpt.args
-    config = transformers.LlamaConfig(
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size,
-        intermediate_size=args.hidden_dim,
-    )
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
-    return peft.get_peft_model(transformers.LlamaForCausalLM(config), prompt)
+    return peft.get_peft_model(transformers.LlamaForCausalLM(hf_config(ckpt.args)), prompt)
 
 
 def steps(model: torch.nn.Module, answer_from: int) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from random_model import random_source
+from random_model import hf_config, random_source
 
 from llama.checkpoint import Source
 from llama.model import ModelArgs
@@ -58,14 +58,8 @@ def hf_model(source: Source) -> transformers.LlamaForCausalLM:
             "high_freq_factor": args.rope_high_freq_factor,
             "original_max_position_embeddings": 8192,
         }
-    config = transformers.LlamaConfig(
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size,
-        intermediate_size=args.hidden_dim,
-        rms_norm_eps=args.norm_eps,
+    config = hf_config(
+        args,
         rope_parameters={"rope_theta": args.rope_theta} | scaling,
         max_position_embeddings=131072,
         bos_token_id=None,
