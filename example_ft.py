@@ -7,7 +7,7 @@ torchrun --nproc_per_node 4 example_ft.py --ckpt_dir ckpts/7B_fs4 \
 from llama import LLaMA, parallel
 from llama.demo import Meter, read_prompts, show_completions
 from llama.generation import check_sampling
-from llama.prompt_tuning import load_soft_prompt
+from llama.prompt_tuning import load_soft_prompt, warn_of_another_model
 
 
 def main(
@@ -51,6 +51,7 @@ def main(
         dtype=dtype,
     )
     generator.soft_prompt = load_soft_prompt(tuning_ckpt_path, generator.model.args.dim)
+    warn_of_another_model(tuning_ckpt_path, generator.model)
     show_completions(
         generator,
         prompts,

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 4 ft_main.py --ckpt_dir ckpts/7B_fs4 \
     --output_dir saved/alpaca
 """
 
+from hashlib import sha256
 from pathlib import Path
 
 import transformers
@@ -14,10 +15,14 @@ from llama.data import ALPACA_PREAMBLE, Collator, split_dataset, tokenize_datase
 from llama.prompt_tuning import (
     PromptTrainer,
     add_soft_prompt,
-    find_resumable,
+    check_options,
+    check_unused,
+    newest_checkpoint,
     plot_losses,
     save_adapter,
+    steps_of,
 )
+from llama.tokenizer import Tokenizer
 
 
 def main(
@@ -61,46 +66,56 @@ def main(
         gradient_accumulation_steps: batches whose gradients add up to one step.
         lr: highest learning rate.
         warmup_steps: steps over which the learning rate rises.
-        lr_scheduler: how it falls: cosine, linear, constant_with_warmup, ...
+        lr_scheduler: how it falls: cosine, linear, polynomial, inverse_sqrt,
+            cosine_with_restarts, or not at all: constant, constant_with_warmup.
         max_seq_len: longest prompt, instruction and answer together; longer rows are cut.
-        max_grad_norm: gradients are scaled down to this length.
+        max_grad_norm: gradients are scaled down to this length; 0 leaves them.
         val_set_size: rows held out for an evaluation loss.
         eval_steps: steps between evaluations.
         save_steps: steps between checkpoints that --resume can go on from.
         logging_steps: steps between logged losses.
-        resume: go on from the newest checkpoint in output_dir.
+        resume: go on from the newest checkpoint in output_dir, which all machines must see.
         train_on_inputs: learn the instructions too, not the answers alone.
         gradient_checkpointing: compute activations twice rather than hold them.
         seed: of the order of rows, the rows held out and a random start.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
     """
-    if num_virtual_tokens < 1 or num_virtual_tokens >= max_seq_len:
-        raise ValueError(
-            f"--num_virtual_tokens {num_virtual_tokens} must be at least 1 and leave room in "
-            f"--max_seq_len {max_seq_len}"
-        )
-    schedules = [schedule.value for schedule in transformers.SchedulerType]
-    if lr_scheduler not in schedules:
-        raise ValueError(f"--lr_scheduler must be one of {', '.join(schedules)}")
-    out = Path(output_dir)
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: holds another run; choose another folder, or --resume that run")
-    llama = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len=max_seq_len, dtype=dtype)
-    tokenizer = llama.tokenizer
-    rows = tokenize_dataset(
-        dataset_path,
-        tokenizer,
-        max_seq_len - num_virtual_tokens,
-        train_on_inputs=train_on_inputs,
-        cache_dir=out / "tokenized",
+    check_options(
+        num_virtual_tokens=num_virtual_tokens,
+        num_epochs=num_epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        lr=lr,
+        warmup_steps=warmup_steps,
+        lr_scheduler=lr_scheduler,
+        max_seq_len=max_seq_len,
+        max_grad_norm=max_grad_norm,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        logging_steps=logging_steps,
+        seed=seed,
     )
+    out = Path(output_dir)
+    checkpoint = newest_checkpoint(out) if resume else check_unused(out)
+    parallel.setup()
+    tokenizer = Tokenizer(tokenizer_path)
+    with parallel.rank_0_first():
+        rows = tokenize_dataset(
+            dataset_path,
+            tokenizer,
+            max_seq_len - num_virtual_tokens,
+            train_on_inputs=train_on_inputs,
+            cache_dir=out / "tokenized",
+        )
     train_rows, eval_rows = split_dataset(rows, val_set_size, seed)
+    steps = steps_of(len(train_rows), batch_size, gradient_accumulation_steps, num_epochs)
+    llama = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len=max_seq_len, dtype=dtype)
     parallel.stand_alone()
     transformers.logging.set_verbosity_error()  # it warns of what stand_alone does
     arguments = transformers.TrainingArguments(
         output_dir=output_dir,
-        num_train_epochs=num_epochs,
-        max_steps=max_steps,
+        max_steps=max_steps if max_steps > 0 else steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -113,6 +128,7 @@ def main(
         eval_steps=eval_steps,
         save_steps=save_steps,
         logging_steps=logging_steps,
+        logging_nan_inf_filter=False,
         seed=seed,
         use_cpu=llama.device.type == "cpu",
         prediction_loss_only=True,
@@ -128,16 +144,25 @@ def main(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=Collator(tokenizer.pad_id),
+        must_stay={  # or a resumed run would not go on with what it began
+            "dataset_sha256": sha256(Path(dataset_path).read_bytes()).hexdigest(),
+            "batch_size": batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "lr": lr,
+            "warmup_steps": warmup_steps,
+            "lr_scheduler": lr_scheduler,
+            "max_seq_len": max_seq_len,
+            "val_set_size": val_set_size,
+            "train_on_inputs": train_on_inputs,
+            "seed": seed,
+            "dtype": str(llama.model.norm.weight.dtype),
+        },
     )
-    trainer.train(resume_from_checkpoint=find_resumable(out, model) if resume else None)
-    state = trainer.state
-    evaluated = {row["step"] for row in state.log_history if "eval_loss" in row}
-    if eval_rows is not None and state.global_step not in evaluated:
-        trainer.evaluate()
+    trainer.run(checkpoint)
     if parallel.rank() == 0:
         save_adapter(model, out)
         trainer.save_state()
-        plot_losses(state.log_history, out / "loss.png")
+        plot_losses(trainer.state.log_history, out / "loss.png")
         print(f"{out}: generate with it by example_ft.py --tuning_ckpt_path {out}")
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import fire
@@ -130,6 +130,16 @@ def local_share() -> slice:
     )
 
 
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 do something that leaves files, and then the others, who find them."""
+    if rank():
+        dist.barrier()
+    yield
+    if not rank():
+        dist.barrier()
+
+
 def from_rank_0(value: object) -> object:
     """Rank 0's value, on every rank."""
     box = [value]
@@ -220,8 +230,8 @@ def _explain(error: Exception) -> str | None:
     if out_of_memory or "can't allocate memory" in text:
         return (
             f"error: out of memory ({text.splitlines()[0] if text else 'in Python'}); lower "
-            "--max_batch_size, --max_seq_len or --batch_size, take --dtype bfloat16, or cut the "
-            "checkpoint into more shards"
+            "the batch size or --max_seq_len, take --dtype bfloat16, use more ranks, or in "
+            "training --gradient_checkpointing"
         )
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return (

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -14,7 +16,8 @@ import transformers
 from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
 from safetensors.torch import load_file
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from llama import parallel
 from llama.data import IGNORE
@@ -22,6 +25,16 @@ from llama.model import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 BASE = "base_model.json"  # beside an adapter: which model it was trained on
+RUN = "run.json"  # beside a checkpoint: the options that a resumed run must keep
+CHECKPOINT_FILES = (  # what a run needs to go on as if it had not stopped
+    *(CONFIG, WEIGHTS, BASE, RUN),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+)
+SCHEDULES = (  # those of transformers that need no settings of their own
+    *("cosine", "linear", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
+    *("constant", "constant_with_warmup"),
+)
+FLOAT16_GRADIENT_SCALE = 1024.0
 PROMPT_KEYS = ("prompt_embeddings", "embedding.weight")  # PEFT's, and that of its module's state
 
 
@@ -48,6 +61,7 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
             )
         )
         self.transformer = transformer
+        self.gradient_scale = 1.0
 
     def forward(
         self,
@@ -73,7 +87,21 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
         logits = self.transformer.local_logits(h[:, :-1][learned]).float()
         losses = vocab_parallel_cross_entropy(logits, targets[learned])
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=losses.sum() / torch.as_tensor(count).clamp(min=1))
+        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        return CausalLMOutput(loss=_ScaleGradient.apply(loss, self.gradient_scale))
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The value itself, but its gradient is multiplied on the way back."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return value.clone()  # the Trainer changes the loss in place
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.scale, None
 
 
 def add_soft_prompt(
@@ -98,6 +126,15 @@ def add_soft_prompt(
     with torch.no_grad():
         prompt = transformer.tok_embeddings(torch.tensor([repeated], device=device))[0]
     set_soft_prompt(model, prompt)
+    if transformer.norm.weight.dtype == torch.float16:
+        # float16 has no room for small gradients: they pass through the model enlarged.
+        model.get_base_model().gradient_scale = FLOAT16_GRADIENT_SCALE
+        soft_prompt_of(model).register_hook(lambda gradient: gradient / FLOAT16_GRADIENT_SCALE)
+    if dist.get_world_size() > 1:
+        # All ranks have the same gradient; where their cards round apart, rank 0's holds.
+        soft_prompt_of(model).register_post_accumulate_grad_hook(
+            lambda prompt: dist.broadcast(prompt.grad, src=0)
+        )
     return model
 
 
@@ -149,7 +186,21 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
             f"{path}: a prompt of shape {tuple(prompt.shape)}, but the model's dim is {dim}: it "
             "was trained on another model"
         )
+    if not prompt.isfinite().all():
+        raise ValueError(
+            f"{path}: the prompt holds values that are no numbers; its training failed"
+        )
     return prompt.float()
+
+
+def warn_of_another_model(path: str | Path, transformer: Transformer) -> None:
+    """Say so if the file beside an adapter tells that it was trained on another model."""
+    path = Path(path)
+    base = (path if path.is_dir() else path.parent) / BASE
+    if base.is_file():
+        changed = _differing(_read_json(base), base_model_facts(transformer))
+        if changed:
+            parallel.say(f"{path}: was trained on another model (it differs in {changed})")
 
 
 def save_adapter(model: peft.PeftModel, folder: str | Path) -> None:
@@ -172,33 +223,91 @@ def base_model_facts(transformer: Transformer) -> dict:
     """What tells one model from another, however many ranks hold it."""
     norms = [block.ffn_norm.weight for block in transformer.layers] + [transformer.norm.weight]
     content = torch.stack([norm.float().cpu() for norm in norms]).numpy().tobytes()
-    facts = vars(transformer.args) | {"norms_sha256": hashlib.sha256(content).hexdigest()}
+    facts = vars(transformer.args) | {"dtype": str(norms[0].dtype)}
+    facts["norms_sha256"] = hashlib.sha256(content).hexdigest()
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def find_resumable(output_dir: str | Path, model: peft.PeftModel) -> str:
-    """The newest whole checkpoint of an interrupted run of this model and this prompt length.
+def _differing(before: dict, now: dict) -> str:
+    """The keys whose values have changed; a model in another dtype is still the same model."""
+    apart = {"dtype", "norms_sha256"} if before.get("dtype") != now["dtype"] else set()
+    return ", ".join(key for key in now if key not in apart and before.get(key) != now[key])
 
-    Raises ValueError if there is none, or if it is of another model or length.
-    """
-    checkpoints = sorted(
-        Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-    )
-    if not checkpoints:
-        raise ValueError(f"{output_dir}: no checkpoint to resume; leave --resume away to begin")
-    newest = checkpoints[-1]
-    expected = soft_prompt_of(model)
-    found = load_soft_prompt(newest, expected.shape[1])
-    if len(found) != len(expected):
+
+def check_options(**options: object) -> None:
+    """Raise ValueError, naming the flag, for what a run cannot be trained with."""
+    at_least = {"num_virtual_tokens": 1, "batch_size": 1, "gradient_accumulation_steps": 1}
+    at_least |= {"eval_steps": 1, "save_steps": 1, "logging_steps": 1}
+    at_least |= {"warmup_steps": 0, "max_grad_norm": 0, "seed": 0}
+    for name, smallest in at_least.items():
+        if not options[name] >= smallest:
+            raise ValueError(f"--{name} must be at least {smallest}, not {options[name]}")
+    for name in ("lr", "num_epochs"):
+        if not 0 < options[name] < float("inf"):
+            raise ValueError(f"--{name} must be above 0, not {options[name]}")
+    if options["max_steps"] != -1 and options["max_steps"] < 1:
+        raise ValueError(f"--max_steps must be at least 1, or -1 to leave it to --num_epochs, "
+                         f"not {options['max_steps']}")  # fmt: skip
+    if options["seed"] >= 2**32:
+        raise ValueError(f"--seed must be below 2**32, not {options['seed']}")
+    if options["num_virtual_tokens"] >= options["max_seq_len"]:
         raise ValueError(
-            f"{newest}: {len(found)} virtual tokens, but --num_virtual_tokens is {len(expected)}"
+            f"--num_virtual_tokens {options['num_virtual_tokens']} must leave room in "
+            f"--max_seq_len {options['max_seq_len']}"
         )
-    base = base_model_facts(model.get_base_model().transformer)
-    before = _read_json(newest / BASE)
-    changed = [key for key in base if before.get(key) != base[key]]
-    if changed:
-        raise ValueError(f"{newest}: trained on another model (it differs in {', '.join(changed)})")
-    return str(newest)
+    if options["lr_scheduler"] not in SCHEDULES:
+        raise ValueError(
+            f"--lr_scheduler must be one of {', '.join(SCHEDULES)}, not {options['lr_scheduler']!r}"
+        )
+
+
+def steps_of(n_rows: int, batch_size: int, accumulation: int, num_epochs: float) -> int:
+    """Steps in so many passes over the data."""
+    batches = math.ceil(n_rows / batch_size)
+    return max(1, math.ceil(num_epochs * math.ceil(batches / accumulation)))
+
+
+def check_unused(output_dir: Path) -> None:
+    """Raise ValueError if a folder holds more than the data of a run that came to nothing."""
+    if output_dir.exists() and (
+        not output_dir.is_dir()
+        or any(p.name != "tokenized" and p.name[0] != "." for p in output_dir.iterdir())
+    ):
+        raise ValueError(
+            f"{output_dir}: holds another run; choose another folder, or --resume that run"
+        )
+
+
+def newest_checkpoint(output_dir: Path) -> Path:
+    """The newest whole checkpoint of an interrupted run, its files read once.
+
+    Raises ValueError if there is none, or if it is damaged.
+    """
+    numbered = {
+        int(path.name.split("-")[1]): path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name)
+        and all((path / name).is_file() for name in CHECKPOINT_FILES)
+    }
+    if not numbered:
+        raise ValueError(
+            f"{output_dir}: no whole checkpoint to resume; leave --resume away to begin"
+        )
+    newest = numbered[max(numbered)]
+    for name in CHECKPOINT_FILES:
+        if name.endswith(".json"):
+            _read_json(newest / name)
+        elif name != WEIGHTS:
+            try:
+                with safe_globals():  # as the Trainer reads them: no code in them can run
+                    torch.load(newest / name, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever the bytes provoke
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise ValueError(
+                    f"{newest / name}: damaged ({reason}); remove {newest} to resume from the one "
+                    "before"
+                ) from None
+    return newest
 
 
 def _read_json(path: Path) -> dict:
@@ -209,6 +318,25 @@ def _read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+class Watch(transformers.TrainerCallback):
+    """Ends a run that has gone astray, on every rank, and keeps to the steps asked for."""
+
+    def __init__(self, prompt: torch.nn.Parameter) -> None:
+        self.prompt = prompt
+
+    def on_train_begin(self, args, state, control, **_: object) -> None:
+        # A resumed state brings those of the run before.
+        for name in ("eval_steps", "save_steps", "logging_steps"):
+            setattr(state, name, getattr(args, name))
+
+    def on_step_end(self, args, state, control, **_: object) -> None:
+        if not self.prompt.isfinite().all():
+            raise ValueError(
+                f"step {state.global_step}: the prompt holds values that are no numbers any more; "
+                "lower --lr, or take --dtype bfloat16 or float32"
+            )
 
 
 class Reporter(transformers.TrainerCallback):
@@ -222,13 +350,56 @@ class Reporter(transformers.TrainerCallback):
 class PromptTrainer(transformers.Trainer):
     """The Trainer, of which every rank runs one on the same batches, and rank 0 alone writes."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, *, must_stay: dict, **options: object) -> None:
         super().__init__(**options)
+        prompt = soft_prompt_of(self.model)
+        if self.args.n_gpu > 1 or self.args.device.type != prompt.device.type:
+            raise RuntimeError(
+                f"the Trainer took {self.args.device} of {self.args.n_gpu} cards, not "
+                f"{prompt.device}: CUDA was in use before llama.parallel.setup()"
+            )
+        if len({json.dumps(facts) for facts in parallel.gather_objects(must_stay)}) > 1:
+            raise ValueError("the ranks read different datasets; give all machines the same one")
+        self.must_stay = must_stay
         self._partial = Path(self.args.output_dir) / ".checkpoint.partial"
         self.remove_callback(PrinterCallback)
+        self.add_callback(Watch(prompt))
         if not parallel.show_bars():
             self.remove_callback(ProgressCallback)
             self.add_callback(Reporter)
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if one is given, and evaluate what came out."""
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
+        if self.eval_dataset is not None and self.state.global_step not in evaluated:
+            self.evaluate()
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """Raise ValueError for a checkpoint of another model, prompt length or other options."""
+        expected = soft_prompt_of(self.model)
+        found = load_soft_prompt(checkpoint, expected.shape[1])
+        if len(found) != len(expected):
+            raise ValueError(
+                f"{checkpoint}: {len(found)} virtual tokens, but --num_virtual_tokens is "
+                f"{len(expected)}"
+            )
+        base = base_model_facts(self.model.get_base_model().transformer)
+        if changed := _differing(_read_json(checkpoint / BASE), base):
+            raise ValueError(f"{checkpoint}: trained on another model (it differs in {changed})")
+        before = _read_json(checkpoint / RUN)
+        changed = ", ".join(k for k, v in self.must_stay.items() if before.get(k) != v)
+        if changed:
+            raise ValueError(
+                f"{checkpoint}: was begun with another {changed}; give the same as in "
+                f"{checkpoint / RUN}, or begin anew in another folder"
+            )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Save under a temporary name, then rename: a checkpoint is whole or not there."""
@@ -236,13 +407,15 @@ class PromptTrainer(transformers.Trainer):
             shutil.rmtree(self._partial, ignore_errors=True)
             super()._save_checkpoint(model, trial)
             (folder,) = self._partial.iterdir()
+            (folder / RUN).write_text(json.dumps(self.must_stay, indent=2) + "\n")
             for path in folder.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             target = Path(self.args.output_dir) / folder.name
-            shutil.rmtree(target, ignore_errors=True)  # a run that is trained beyond it again
+            if target.exists():  # of a run that is trained beyond it again
+                target.rename(self._partial / "old")
             folder.rename(target)
-            self._partial.rmdir()
+            shutil.rmtree(self._partial)
         dist.barrier()
 
     def _get_output_dir(self, trial: None) -> str:
@@ -271,7 +444,8 @@ def plot_losses(log_history: list[dict], path: str | Path) -> None:
             axes.plot(*zip(*points), label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per token")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     partial = Path(path).with_name(f".{Path(path).name}")
     figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)

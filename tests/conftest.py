@@ -104,7 +104,10 @@ def run_script(
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += [str(REPO / script), *map(str, flags)]
     options = {"cwd": REPO, "env": os.environ | {"PYTHONPATH": str(REPO)}} | options
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    result = subprocess.run(command, capture_output=True, timeout=timeout, **options)
+    # Not text=True, which turns a carriage return that the model wrote into a line end.
+    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+    return result
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,23 +21,36 @@ from safetensors.torch import load_file, save_file
 from llama import LLaMA, parallel
 from llama.checkpoint import Checkpoint
 from llama.generation import load_model
-from llama.prompt_tuning import add_soft_prompt, load_soft_prompt, save_adapter, soft_prompt_of
+from llama.prompt_tuning import (
+    add_soft_prompt,
+    check_options,
+    load_soft_prompt,
+    newest_checkpoint,
+    save_adapter,
+    soft_prompt_of,
+    warn_of_another_model,
+)
 from llama.reshard import write_checkpoint
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
 
 
-def train(tmp_path, name, n=None, ckpt="ckpt", dataset=None, **options):
+def train(tmp_path, name, n=None, ckpt="ckpt", **options):
     """Run ft_main.py on a tiny model; returns the result and the output folder."""
     ckpt_dir = tmp_path / f"{ckpt}{n or 1}"
     if not ckpt_dir.exists():
         make_ckpt(ckpt_dir, n=n or 1, **MODEL)
+    flags = flags_of(ckpt_dir, tmp_path / name, **options)
+    return run_script("ft_main.py", *flags, n=n, timeout=300), tmp_path / name
+
+
+def flags_of(ckpt_dir, output_dir, **options):
     flags = {
         "ckpt_dir": ckpt_dir,
         "tokenizer_path": PATH,
-        "dataset_path": dataset or "datasets/short_answers.json",
-        "output_dir": tmp_path / name,
+        "dataset_path": "datasets/short_answers.json",
+        "output_dir": output_dir,
         "max_steps": 50,
         "gradient_accumulation_steps": 2,
         "batch_size": 2,
@@ -46,8 +60,7 @@ def train(tmp_path, name, n=None, ckpt="ckpt", dataset=None, **options):
         "save_steps": 20,
         "logging_steps": 1,
     } | options
-    arguments = [part for key, value in flags.items() for part in (f"--{key}", value)]
-    return run_script("ft_main.py", *arguments, n=n, timeout=300), tmp_path / name
+    return [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
 
 
 def losses(folder, key="loss"):
@@ -143,16 +156,11 @@ def test_gradient_equals_peft_over_hugging_face(tmp_path, on_ranks, n, checkpoin
     assert (found["gradient"] - weight.grad).norm() <= 1e-5 * weight.grad.norm()
 
 
-def start(tmp_path, out, n, **options):
-    """ft_main.py on n ranks in the background, slowed down enough to be hit in mid-run."""
-    flags = ["--ckpt_dir", tmp_path / f"ckpt{n}", "--tokenizer_path", PATH, "--output_dir", out]
-    flags += ["--dataset_path", "datasets/short_answers.json", "--max_steps", 50]
-    flags += ["--gradient_accumulation_steps", 2, "--batch_size", 2, "--max_seq_len", 96]
-    flags += ["--num_virtual_tokens", 8, "--lr", 1e-3, "--save_steps", 20, "--logging_steps", 1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", n, "ft_main.py"]
-    return subprocess.Popen(
-        list(map(str, command + flags)), cwd=REPO, text=True, stderr=subprocess.PIPE
-    )
+def start(tmp_path, out, n):
+    """The same run in the background, to be killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+    command += ["ft_main.py", *flags_of(tmp_path / f"ckpt{n}", out)]
+    return subprocess.Popen(command, cwd=REPO, text=True, stderr=subprocess.PIPE)
 
 
 def ranks_of(agent):
@@ -204,8 +212,9 @@ def test_our_adapter_gives_our_logits_in_plain_peft(tuned):
         torch.testing.assert_close(logits, reference(ids).logits, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, 4])
 def test_an_adapter_of_plain_peft_gives_the_same_text_here(tmp_path, n):
+    torch.manual_seed(n)
     reference = peft.get_peft_model(
         hf_model(random_source(make_params(**MODEL))),
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
@@ -318,21 +327,18 @@ def test_bad_requests_are_one_line_and_leave_a_run_alone(tuned):
     before = hashes(out / "checkpoint-4")
     other = make_ckpt(folder / "other1", **MODEL, norm_eps=1e-3)
     assert other
-    empty = folder / "empty.json"
-    empty.write_text("[]")
     rows = folder / "rows.json"
     rows.write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
     cases = [
         ({}, "holds another run"),
         ({"resume": True, "num_virtual_tokens": 9}, "8 virtual tokens, but"),
         ({"resume": True, "ckpt": "other"}, "another model"),
-        ({"name": "new", "resume": True}, "no checkpoint to resume"),
-        ({"name": "new", "num_virtual_tokens": 96}, "leave room in --max_seq_len"),
-        ({"name": "new", "dataset": folder / "none.json"}, "none.json"),
-        ({"name": "new", "dataset": empty}, "empty.json"),
-        ({"name": "new", "dataset": rows}, "row 2"),
+        ({"name": "new", "resume": True}, "no whole checkpoint to resume"),
+        ({"name": "new", "dataset_path": folder / "none.json"}, "none.json"),
+        ({"name": "new", "dataset_path": rows}, "row 2"),
         ({"name": "new", "max_seq_len": 20}, "no row leaves room"),
-        ({"name": "new", "lr_scheduler": "wavy"}, "lr_scheduler"),
+        ({"name": "new", "lr": 1e38, "warmup_steps": 0}, "no numbers any more; lower --lr"),
+        ({"resume": True, "batch_size": 3, "seed": 1}, "begun with another batch_size, seed"),
     ]
 
     def attempt(number):
@@ -348,6 +354,152 @@ def test_bad_requests_are_one_line_and_leave_a_run_alone(tuned):
         assert result.stderr.count("error: ") == 1
         assert "Traceback" not in result.stderr
     assert hashes(out / "checkpoint-4") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_virtual_tokens", 96, "leave room in --max_seq_len 96"),
+        ("num_virtual_tokens", 0, "at least 1"),
+        ("num_epochs", 0.0, "above 0"),
+        ("num_epochs", float("nan"), "above 0"),
+        ("max_steps", 0, "at least 1, or -1"),
+        ("batch_size", 0, "at least 1"),
+        ("gradient_accumulation_steps", -1, "at least 1"),
+        ("lr", -1.0, "above 0"),
+        ("lr", float("inf"), "above 0"),
+        ("lr_scheduler", "wavy", "one of cosine, linear"),
+        ("warmup_steps", -1, "at least 0"),
+        ("max_grad_norm", -1.0, "at least 0"),
+        ("eval_steps", 0, "at least 1"),
+        ("save_steps", 0, "at least 1"),
+        ("logging_steps", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**32, "below"),
+    ],
+)
+def test_options_that_train_nothing_are_named(name, value, message):
+    options = {"num_virtual_tokens": 8, "num_epochs": 1.0, "max_steps": -1, "batch_size": 2}
+    options |= {"gradient_accumulation_steps": 1, "lr": 1e-3, "lr_scheduler": "cosine"}
+    options |= {"warmup_steps": 0, "max_grad_norm": 1.0, "eval_steps": 1, "save_steps": 1}
+    options |= {"logging_steps": 1, "seed": 0, "max_seq_len": 96}
+    check_options(**options)
+    with pytest.raises(ValueError, match=rf"--{name}\b.*{message}"):
+        check_options(**options | {name: value})
+
+
+def spoil(name, content):
+    return lambda folder: (folder / name).write_bytes(content(folder / name))
+
+
+class RunsSystem:
+    def __reduce__(self):
+        return (os.system, ("touch this_code_ran",))
+
+
+def pickled(path):
+    torch.save(RunsSystem(), path)
+    return path.read_bytes()
+
+
+DAMAGE = {
+    "optimizer cut": (
+        spoil("optimizer.pt", lambda p: p.read_bytes()[:100]),
+        "optimizer.pt: damaged",
+    ),
+    "rng cut": (spoil("rng_state.pth", lambda p: b""), "rng_state.pth: damaged"),
+    "state cut": (spoil("trainer_state.json", lambda p: b"{"), "trainer_state.json: unreadable"),
+    "optimizer runs code": (spoil("optimizer.pt", pickled), "optimizer.pt: damaged"),
+    "scheduler runs code": (spoil("scheduler.pt", pickled), "scheduler.pt: damaged"),
+    "rng runs code": (spoil("rng_state.pth", pickled), "rng_state.pth: damaged"),
+    "incomplete": (lambda f: (f / "optimizer.pt").unlink(), None),
+    "adapter gone": (lambda f: (f / "adapter_model.safetensors").unlink(), None),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_an_incomplete_one_passed_over(
+    tuned, tmp_path, monkeypatch, damage, message
+):
+    out = tmp_path / "out"
+    shutil.copytree(tuned[1], out)
+    (out / "checkpoint-best").mkdir()
+    (out / "checkpoint-9-bak").mkdir()
+    assert newest_checkpoint(out) == out / "checkpoint-4"
+    monkeypatch.chdir(tmp_path)
+    damage(out / "checkpoint-4")
+    if message is None:
+        assert newest_checkpoint(out) == out / "checkpoint-2"
+    else:
+        with pytest.raises(ValueError, match=message):
+            newest_checkpoint(out)
+    assert not (tmp_path / "this_code_ran").exists()
+
+
+def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned, tmp_path):
+    folder, out = tuned
+    shutil.copytree(out, folder / "again")
+    (folder / "again" / "adapter_model.safetensors").unlink()
+    result, again = train(folder, "again", max_steps=4, save_steps=1, resume=True)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(prompt_of(again), prompt_of(out))
+    assert losses(again) == losses(out)
+    result, again = train(folder, "again", max_steps=6, save_steps=1, resume=True)
+    assert result.returncode == 0, result.stderr
+    assert [step for step, _ in losses(again)] == [1, 2, 3, 4, 5, 6]
+    assert (again / "checkpoint-5").is_dir()  # as asked now, not as the first run was
+
+
+def test_a_run_that_came_to_nothing_leaves_its_folder_usable(tmp_path):
+    failed, out = train(tmp_path, "out", val_set_size=1000)
+    assert "--val_set_size 1000 cannot be taken out of" in failed.stderr
+    result, _ = train(tmp_path, "out", max_steps=1)
+    assert result.returncode == 0, result.stderr
+    assert (out / "adapter_config.json").is_file()
+
+
+def test_epochs_with_evaluation_resume_bit_equal(tmp_path):
+    options = {"max_steps": -1, "num_epochs": 2.0, "gradient_accumulation_steps": 4}
+    options |= {"batch_size": 8, "val_set_size": 7, "eval_steps": 3, "save_steps": 4}
+    whole, reference = train(tmp_path, "whole", **options)
+    assert whole.returncode == 0, whole.stderr
+    assert losses(reference)[-1][0] == 14  # 200 rows are 7 steps a pass
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(reference / "checkpoint-8", out / "checkpoint-8")
+    resumed, _ = train(tmp_path, "out", resume=True, **options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(out) == losses(reference)
+    evaluations = [{row[0]: row[1] for row in losses(f, "eval_loss")} for f in (out, reference)]
+    assert evaluations[0].items() >= evaluations[1].items()
+    assert torch.equal(prompt_of(out), prompt_of(reference))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_gradients_through_a_half_precision_model_keep_their_size(tmp_path, dtype, tolerance, size):
+    source = random_source(make_params(**MODEL), std=0.2)
+    write_checkpoint(source, tmp_path / "ckpt")
+    ids = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for wanted in (torch.float32, dtype):
+        model = load_model(Checkpoint(tmp_path / "ckpt"), parallel.setup(), wanted)
+        tuned = add_soft_prompt(model, 16, list(range(50, 66)), "ckpt")
+        # As in long batches, where each token has a small part in the mean.
+        loss = tuned(input_ids=ids, labels=ids, num_items_in_batch=46 / size).loss
+        loss.backward()
+        gradients.append(soft_prompt_of(tuned).grad)
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1] - gradients[0]).norm() <= tolerance * gradients[0].norm()
+
+
+def test_an_adapter_of_another_model_is_used_with_a_warning(tuned, capsys):
+    folder, out = tuned
+    other = make_ckpt(folder / "other_norm", **MODEL, norm_eps=1e-2)
+    warn_of_another_model(out, load_model(Checkpoint(folder / "ckpt1"), parallel.setup()))
+    assert capsys.readouterr().err == ""
+    warn_of_another_model(out, load_model(Checkpoint(other), parallel.setup()))
+    assert "trained on another model (it differs in norm_eps)" in capsys.readouterr().err
 
 
 def test_text_starts_the_prompt_as_its_embeddings(tmp_path):
