@@ -163,7 +163,9 @@ def main(
         save_adapter(model, out)
         trainer.save_state()
         plot_losses(trainer.state.log_history, out / "loss.png")
-        print(f"{out}: generate with it by example_ft.py --tuning_ckpt_path {out}")
+        print(f"{out}: generate with it: torchrun --nproc_per_node {parallel.world_size()} "
+              f"example_ft.py --ckpt_dir {ckpt_dir} --tokenizer_path {tokenizer_path} "
+              f"--tuning_ckpt_path {out}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ python split_model.py --ckpt_dir ckpts/7B_fs4 --verify
 from pathlib import Path
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, compare, counted, parse_dtype
+from llama.checkpoint import Checkpoint, check_shard_count, compare, counted, parse_dtype
 from llama.reshard import plan, write_checkpoint
 
 
@@ -52,16 +52,20 @@ def main(
         out_dir = out_dir or default_out_dir(ckpt_dir, n)
         if Path(ckpt_dir).resolve() in Path(out_dir).resolve().parents:
             raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
+        check_shard_count(ckpt.args, n, ckpt_dir)
         write_checkpoint(ckpt.source(), out_dir, n, wanted)
+        tokenizer_path = out_dir if any(Path(out_dir).glob("tokenizer*")) else "…"
         print(f"{out_dir}: {counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
-              f"example.py --ckpt_dir {out_dir} --tokenizer_path …")  # fmt: skip
+              f"example.py --ckpt_dir {out_dir} --tokenizer_path {tokenizer_path}")  # fmt: skip
     if verify and out_dir is None:
         ckpt.verify()
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
     elif verify:
         out = Checkpoint(out_dir)
         compare(ckpt, out)
-        print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}")
+        converted = f", the second in {out.dtype} as made from {ckpt.dtype}"
+        print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}"
+              + converted * (out.dtypes != ckpt.dtypes))  # fmt: skip
 
 
 def default_out_dir(ckpt_dir: str, n: int) -> Path:

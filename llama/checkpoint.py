@@ -346,7 +346,7 @@ class Checkpoint:
         if found != expected:
             raise ValueError(
                 f"{self.paths[i]}: {name} is damaged: its SHA-256 is {found[:12]}…, but "
-                f"{manifest.NAME} says {str(expected)[:12]}…{_whose(found, parts)}"
+                f"{manifest.NAME} says {expected[:12]}…{_whose(found, parts)}; copy the file again"
             )
 
     def check_weight(self, name: str, hashes: list[bytes]) -> None:
@@ -480,7 +480,8 @@ def compare(a: Checkpoint, b: Checkpoint) -> None:
             first[name] = content_hash(sha256_of_tiles(weight, *tiling(name, a.args)))
     differing = [name for name in first if first[name] != second[name]]
     if differing:
-        raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}")
+        hint = f" ({a.dtype} and {b.dtype}: which was made from which?)" * (a.dtypes != b.dtypes)
+        raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}{hint}")
 
 
 def counted(n: int, noun: str) -> str:
@@ -534,7 +535,7 @@ def _find_shards(ckpt_dir: Path) -> list[Path]:
     expected = [ckpt_dir / shard_name(i, prefix) for i in range(len(names))]
     for path in expected:
         if path.name not in names:
-            raise ValueError(f"{path}: missing, though {max(names)} is there")
+            raise ValueError(f"{path}: missing, though {max(names)} is there; copy it here too")
         if not path.is_file():
             raise ValueError(f"{path}: not a file")
     return expected
@@ -568,7 +569,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: unreadable ({error})") from None
     except Exception as error:  # torch raises whatever the bytes provoke
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint, or damaged: {reason}") from None
+        raise ValueError(f"{path}: not a checkpoint, or damaged: {reason}; copy it again") from None
     plain = isinstance(shard, dict) and all(
         isinstance(name, str) and type(weight) in (torch.Tensor, torch.nn.Parameter)
         for name, weight in shard.items()

@@ -1,18 +1,23 @@
 """The ranks of a run: process group, device and backend, one voice, orderly failure."""
 
 import atexit
+import collections
 import contextlib
+import ctypes
+import difflib
 import functools
 import inspect
 import io
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import fire
 import torch
@@ -67,6 +72,7 @@ def setup() -> torch.device:
         _device = torch.device("cpu")
     backend = "nccl" if _device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        _end_with_parent()
         _store, rank, size = next(dist.rendezvous("env://"))
     else:
         _store, rank, size = dist.HashStore(), 0, 1
@@ -77,6 +83,13 @@ def setup() -> torch.device:
     mpu.print = lambda *_: None  # fairscale announces itself on stdout, where results belong
     mpu.initialize_model_parallel(size)
     return _device
+
+
+def _end_with_parent() -> None:
+    """Have this rank killed when torchrun is: or it would go on alone, and write."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def leave() -> None:
@@ -207,7 +220,7 @@ def run(main: Callable[..., None]) -> None:
         if dist.is_initialized():
             dist.barrier()
             leave()
-    except SystemExit:  # fire has answered, on rank 0
+    except SystemExit:  # the help is shown, on rank 0
         if rank():
             time.sleep(SILENT_EXIT_DELAY)
         raise
@@ -271,34 +284,55 @@ def _parse_flags(main: Callable[..., None]) -> dict:
     def take(*args: object, **kwargs: object) -> None:
         given.update(inspect.signature(main).bind(*args, **kwargs).arguments)
 
-    os.environ.setdefault("PAGER", "cat")
-    # Every rank parses the same line; one of them answers a mistake in it.
-    quiet = contextlib.redirect_stderr(io.StringIO()) if rank() else contextlib.nullcontext()
-    with quiet:
-        fire.Fire(take, command=_spell(sys.argv[1:], parameters))
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        _show_help(take)
+    fire.Fire(take, command=_spell(sys.argv[1:], parameters))
     return {name: _typed(name, value, parameters[name].annotation) for name, value in given.items()}
 
 
+def _show_help(main: Callable[..., None]) -> NoReturn:
+    """fire's page for main, on stdout."""
+    os.environ.setdefault("PAGER", "cat")
+    page = io.StringIO()
+    with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
+        fire.Fire(main, command=["--help"])
+    lines = [line for line in page.getvalue().splitlines() if not line.startswith("INFO:")]
+    if not rank():
+        # from_ stands for --from, which Python keeps for itself
+        print(re.sub(r"\b(from|FROM)_\b", r"\1", "\n".join(lines).strip()))
+    raise SystemExit(0)
+
+
 def _spell(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The command line in fire's terms.
+    """The command line in fire's terms; raises ValueError for what is no flag or lacks its value.
 
     --from means the parameter from_, since Python keeps that word for itself; and the value of a
     text is quoted, or fire would make a number of the folder 1.10 and a tuple of "one, two".
     """
-    spelt, text_follows = [], False
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if not flag.startswith("--"):
-            spelt.append(repr(argument) if text_follows else argument)
-            text_follows = False
-            continue
-        name = flag[2:].replace("-", "_")
-        name = name if name in parameters else f"{name}_" * (f"{name}_" in parameters)
-        is_text = bool(name) and str in _allowed(parameters[name].annotation)
-        text_follows = is_text and not equals
-        if equals and is_text:
-            value = repr(value)
-        spelt.append(f"--{name}{equals}{value}" if name else argument)
+    flags = {name.rstrip("_"): name for name in parameters}
+    spelt, given = [], set()
+    waiting = collections.deque(arguments)
+    while waiting:
+        flag, equals, value = waiting.popleft().partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if not flag.startswith("--") or name not in flags:
+            close = difflib.get_close_matches(name, flags, 1)
+            hint = f"did you mean --{close[0]}?" if close else "see --help"
+            raise ValueError(f"no flag {flag}; {hint}")
+        kinds = _allowed(parameters[flags[name]].annotation)
+        if not equals:
+            follows = waiting[0] if waiting else "--"
+            if kinds == (bool,) and follows not in ("True", "False"):
+                value = "True"
+            elif follows.startswith("--"):
+                raise ValueError(f"--{name} needs a value; see --help")
+            else:
+                value = waiting.popleft()
+        spelt.append(f"--{flags[name]}={value!r}" if str in kinds else f"--{flags[name]}={value}")
+        given.add(flags[name])
+    for flag, name in flags.items():
+        if parameters[name].default is inspect.Parameter.empty and name not in given:
+            raise ValueError(f"--{flag} is needed; see --help")
     return spelt
 
 
@@ -311,7 +345,5 @@ def _typed(name: str, value: object, annotation: object) -> object:
     allowed = _allowed(annotation)
     if type(value) in allowed or (float in allowed and type(value) is int):
         return value
-    if str in allowed and type(value) in (int, float):  # given by place and not by name
-        return str(value)
     kinds = " or ".join(t.__name__ for t in allowed if t is not type(None))
     raise ValueError(f"--{name.rstrip('_')} wants {kinds}, not {value!r}")

@@ -50,7 +50,7 @@ def write_checkpoint(
     """
     out_dir, dtype = Path(os.path.abspath(out_dir)), dtype or source.dtype
     args = ModelArgs.from_params(source.params)
-    check_shard_count(args, n, str(out_dir))
+    check_shard_count(args, n, f"the model to be written to {out_dir}")
     cuts = {name: cut_of(name, args, n) for name in source.shapes}
     total = _bytes_of(source.shapes, cuts, n, dtype)
     with _new_folder(out_dir) as folder:

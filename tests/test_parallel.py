@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import REPO, TOKENIZERS, make_ckpt, run_script
@@ -137,6 +138,26 @@ def main():
     assert result.returncode == 1
     assert result.stderr.count("error: only rank 1 knows") == 1
     assert seconds < 20
+
+
+def test_no_rank_outlives_torchrun(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\nfrom llama import parallel\nparallel.setup()\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script)]
+    agent = subprocess.Popen(command, cwd=REPO, text=True, stdout=subprocess.PIPE)
+    assert [agent.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    assert len(children) == 2
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_results_of_every_rank_are_gathered_in_order(tmp_path):

@@ -14,9 +14,11 @@ PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 def test_help_reads_well(script):
     result = run_script(script, "--help")
     assert result.returncode == 0
-    assert "--dtype=DTYPE" in result.stderr
-    assert "float32, bfloat16 or float16" in result.stderr  # what a flag means, not its name alone
-    assert "FIRE" not in result.stderr
+    assert "--dtype=DTYPE" in result.stdout
+    assert "float32, bfloat16 or float16" in result.stdout  # what a flag means, not its name alone
+    assert "FIRE" not in result.stdout
+    assert "from_" not in result.stdout.lower()
+    assert result.stderr == ""
 
 
 def test_split_then_the_same_text_from_one_rank_and_two(tmp_path):
@@ -78,10 +80,31 @@ def test_what_the_user_got_wrong_is_one_line(tmp_path, flags, message):
     assert result.stdout == ""
 
 
-def test_a_mistyped_flag_is_answered_once_before_any_work(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--ckptdir", "x", "--tokenizer_path", "y"],
+            "no flag --ckptdir; did you mean --ckpt_dir?",
+        ),
+        (["--ckpt_dir", "x", "--tokenizer_path", "y", "word"], "no flag word; see --help"),
+        (["--ckpt_dir", "x"], "--tokenizer_path is needed"),
+        (["--tokenizer_path", "y", "--ckpt_dir"], "--ckpt_dir needs a value"),
+        (["--ckpt_dir", "--tokenizer_path", "y"], "--ckpt_dir needs a value"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(flags, message):
+    result = run_script("example.py", *flags)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_mistyped_flag_is_answered_once_before_any_work():
     result = run_script("example.py", "--ckptdir", "x", "--tokenizer_path", "y", n=2)
     assert result.returncode == 1
-    assert result.stderr.count("ERROR: ") == 1
+    assert result.stderr.count("error: no flag --ckptdir") == 1
     assert result.stdout == ""
 
 
