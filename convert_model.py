@@ -13,7 +13,7 @@ def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None
     """Turn a GGUF file or a Hugging Face folder of a Llama into Meta's format.
 
     Args:
-        from_: (--from) a .gguf file, or a folder with config.json and safetensors.
+        from_: a .gguf file, or a folder with config.json and safetensors.
         out_dir: folder to write; it receives the tokenizer too.
         n: how many shards to write.
         dtype: float32, bfloat16 or float16; by default what the source holds (quantised: float32).

@@ -285,21 +285,25 @@ def _parse_flags(main: Callable[..., None]) -> dict:
         given.update(inspect.signature(main).bind(*args, **kwargs).arguments)
 
     if {"--help", "-h"} & set(sys.argv[1:]):
-        _show_help(take)
+        _show_help(take, parameters)
     fire.Fire(take, command=_spell(sys.argv[1:], parameters))
     return {name: _typed(name, value, parameters[name].annotation) for name, value in given.items()}
 
 
-def _show_help(main: Callable[..., None]) -> NoReturn:
-    """fire's page for main, on stdout."""
+def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Parameter]) -> NoReturn:
+    """fire's page for main, on stdout, as its flags are taken here: by their names alone."""
     os.environ.setdefault("PAGER", "cat")
+    by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    main.__signature__ = inspect.Signature(by_name)
     page = io.StringIO()
     with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
         fire.Fire(main, command=["--help"])
     lines = [line for line in page.getvalue().splitlines() if not line.startswith("INFO:")]
+    text = re.sub(r"\b(from|FROM)_\b", r"\1", "\n".join(lines).strip())  # see _spell
+    text = re.sub(r"(?m)^    -\w, --", "    --", text)
+    text = re.sub(r"Optional\[(\w+)( \| None)?\]", r"\1", text)
     if not rank():
-        # from_ stands for --from, which Python keeps for itself
-        print(re.sub(r"\b(from|FROM)_\b", r"\1", "\n".join(lines).strip()))
+        print(text)
     raise SystemExit(0)
 
 
