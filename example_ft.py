@@ -4,10 +4,8 @@ torchrun --nproc_per_node 4 example_ft.py --ckpt_dir ckpts/7B_fs4 \
     --tuning_ckpt_path saved/alpaca --tokenizer_path ckpts/tokenizer.model
 """
 
-from llama import LLaMA, parallel
-from llama.demo import Meter, read_prompts, show_completions
-from llama.generation import check_sampling
-from llama.prompt_tuning import load_soft_prompt, warn_of_another_model
+from llama import parallel
+from llama.demo import complete
 
 
 def main(
@@ -40,26 +38,15 @@ def main(
         max_batch_size: prompts to run at once; more than that run in several batches.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
     """
-    meter = Meter()
-    prompts = read_prompts(prompts_file)
-    check_sampling(max_gen_len, temperature, top_p, seed)
-    generator = LLaMA.build(
-        ckpt_dir,
-        tokenizer_path,
+    complete(
+        prompts_file,
+        {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, "seed": seed},
+        tuning_ckpt_path,
+        ckpt_dir=ckpt_dir,
+        tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
         dtype=dtype,
-    )
-    generator.soft_prompt = load_soft_prompt(tuning_ckpt_path, generator.model.args.dim)
-    warn_of_another_model(tuning_ckpt_path, generator.model)
-    show_completions(
-        generator,
-        prompts,
-        meter,
-        max_gen_len=max_gen_len,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
     )
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import transformers
 
-from llama import LLaMA, parallel
+from llama import parallel
+from llama.checkpoint import parse_dtype
 from llama.data import ALPACA_PREAMBLE, Collator, split_dataset, tokenize_dataset
+from llama.generation import load_model, open_pair
 from llama.prompt_tuning import (
+    MUST_STAY,
     PromptTrainer,
     add_soft_prompt,
     check_options,
@@ -22,7 +25,6 @@ from llama.prompt_tuning import (
     save_adapter,
     steps_of,
 )
-from llama.tokenizer import Tokenizer
 
 
 def main(
@@ -80,26 +82,30 @@ def main(
         seed: of the order of rows, the rows held out and a random start.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
     """
-    check_options(
-        num_virtual_tokens=num_virtual_tokens,
-        num_epochs=num_epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        lr=lr,
-        warmup_steps=warmup_steps,
-        lr_scheduler=lr_scheduler,
-        max_seq_len=max_seq_len,
-        max_grad_norm=max_grad_norm,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        logging_steps=logging_steps,
-        seed=seed,
-    )
+    options = {
+        "num_virtual_tokens": num_virtual_tokens,
+        "num_epochs": num_epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "lr": lr,
+        "warmup_steps": warmup_steps,
+        "lr_scheduler": lr_scheduler,
+        "max_seq_len": max_seq_len,
+        "max_grad_norm": max_grad_norm,
+        "val_set_size": val_set_size,
+        "eval_steps": eval_steps,
+        "save_steps": save_steps,
+        "logging_steps": logging_steps,
+        "train_on_inputs": train_on_inputs,
+        "seed": seed,
+    }
+    check_options(options)
+    wanted = parse_dtype(dtype)
     out = Path(output_dir)
     checkpoint = newest_checkpoint(out) if resume else check_unused(out)
-    parallel.setup()
-    tokenizer = Tokenizer(tokenizer_path)
+    device = parallel.setup()
+    ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
     with parallel.rank_0_first():
         rows = tokenize_dataset(
             dataset_path,
@@ -110,7 +116,8 @@ def main(
         )
     train_rows, eval_rows = split_dataset(rows, val_set_size, seed)
     steps = steps_of(len(train_rows), batch_size, gradient_accumulation_steps, num_epochs)
-    llama = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len=max_seq_len, dtype=dtype)
+    transformer = load_model(ckpt, device, wanted)
+    transformer.gradient_checkpointing = gradient_checkpointing
     parallel.stand_alone()
     transformers.logging.set_verbosity_error()  # it warns of what stand_alone does
     arguments = transformers.TrainingArguments(
@@ -130,32 +137,23 @@ def main(
         logging_steps=logging_steps,
         logging_nan_inf_filter=False,
         seed=seed,
-        use_cpu=llama.device.type == "cpu",
+        use_cpu=device.type == "cpu",
         prediction_loss_only=True,
         report_to="none",
     )
     transformers.set_seed(seed)
     init_ids = tokenizer.encode(init_prompt, bos=False) if init_prompt else None
-    llama.model.gradient_checkpointing = gradient_checkpointing
-    model = add_soft_prompt(llama.model, num_virtual_tokens, init_ids, ckpt_dir)
+    model = add_soft_prompt(transformer, num_virtual_tokens, init_ids, ckpt_dir)
     trainer = PromptTrainer(
         model=model,
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=Collator(tokenizer.pad_id),
-        must_stay={  # or a resumed run would not go on with what it began
+        must_stay={name: options[name] for name in MUST_STAY}
+        | {
             "dataset_sha256": sha256(Path(dataset_path).read_bytes()).hexdigest(),
-            "batch_size": batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "lr": lr,
-            "warmup_steps": warmup_steps,
-            "lr_scheduler": lr_scheduler,
-            "max_seq_len": max_seq_len,
-            "val_set_size": val_set_size,
-            "train_on_inputs": train_on_inputs,
-            "seed": seed,
-            "dtype": str(llama.model.norm.weight.dtype),
+            "dtype": str(transformer.norm.weight.dtype),
         },
     )
     trainer.run(checkpoint)

@@ -40,9 +40,7 @@ def main(
         raise ValueError("--n is needed: how many shards to write (or --verify, to check a folder)")
     if verify and dry_run:
         raise ValueError("--verify reads everything, and --dry_run nothing: give one of them")
-    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+    parallel.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     wanted = parse_dtype(dtype)
     ckpt = Checkpoint(ckpt_dir)
     if dry_run:

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from random_model import hf_config, random_source
+from random_model import random_source
 
 from llama import LLaMA, parallel
 from llama.checkpoint import Checkpoint
 from llama.generation import Timing, load_model
+from llama.hf import hf_config
 from llama.model import product
 from llama.reshard import write_checkpoint
 

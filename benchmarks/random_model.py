@@ -1,7 +1,6 @@
-"""Models of random weights, and Hugging Face's name for their shapes, for benchmarks and tests."""
+"""Models of random weights, for benchmarks and tests."""
 
 import torch
-import transformers
 
 from llama.checkpoint import Source, weight_shapes
 from llama.model import ModelArgs
@@ -21,17 +20,3 @@ def random_source(params: dict, dtype: torch.dtype = torch.float32, std: float =
         return (torch.randn(shapes[name], generator=generator) * std + is_norm).to(dtype)
 
     return Source(params, shapes, dtype, read)
-
-
-def hf_config(args: ModelArgs, **options: object) -> transformers.LlamaConfig:
-    """The configuration of Hugging Face's model of the same shape."""
-    return transformers.LlamaConfig(
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size,
-        intermediate_size=args.hidden_dim,
-        rms_norm_eps=args.norm_eps,
-        **options,
-    )

@@ -15,11 +15,12 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from random_model import hf_config, random_source
+from random_model import random_source
 
 from llama import parallel
 from llama.checkpoint import Checkpoint
 from llama.generation import load_model
+from llama.hf import hf_config
 from llama.prompt_tuning import add_soft_prompt
 from llama.reshard import write_checkpoint
 

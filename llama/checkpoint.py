@@ -336,9 +336,12 @@ class Checkpoint:
         Reads the part once. Without a manifest there is nothing to compare with.
         """
         if self.manifest is not None:
-            dim, tiles = tiling(name, self.args)
-            hashes = sha256_of_tiles(self.shard(i)[name], dim, tiles // self.cut(name).pieces)
-            self._compare_part(i, name, content_hash(hashes))
+            self._compare_part(i, name, content_hash(self._hash_part(i, name)))
+
+    def _hash_part(self, i: int, name: str) -> list[bytes]:
+        """Hashes of the tiles of what shard i holds of the weight."""
+        dim, count = tiling(name, self.args)
+        return sha256_of_tiles(self.shard(i)[name], dim, count // self.cut(name).pieces)
 
     def _compare_part(self, i: int, name: str, found: str) -> None:
         parts = {file: shard["tensors"][name] for file, shard in self.manifest.shards.items()}
@@ -409,7 +412,7 @@ class Checkpoint:
             return [content for part in parts for content in sha256_of_tiles(part, dim, 1)]
         pieces: dict[int, list[bytes]] = {}
         for i in range(self.n):
-            found = sha256_of_tiles(self.shard(i)[name], dim, count // cut.pieces)
+            found = self._hash_part(i, name)
             piece = cut.piece_of(i)
             if self.manifest is not None:
                 try:

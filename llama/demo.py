@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from llama import parallel
-from llama.generation import LLaMA
+from llama.generation import LLaMA, check_sampling
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
 PROMPTS = [
@@ -79,23 +79,31 @@ def _parse(path: str, number: int, line: str) -> str:
     return prompt
 
 
-class Meter:
-    """Counts seconds and memory from the start of a script."""
+def complete(
+    prompts_file: str | None, sampling: dict, tuning_ckpt_path: str | None = None, **build: object
+) -> None:
+    """Build a generator, continue the prompts, print them on stdout and what it took on stderr.
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.memory = parallel.MemoryWatch(interval=0.05)
+    sampling: what LLaMA.generate takes beside the prompts; build: what LLaMA.build takes.
+    """
+    start = time.perf_counter()
+    memory = parallel.MemoryWatch(interval=0.05)
+    prompts = read_prompts(prompts_file)
+    check_sampling(**sampling)
+    generator = LLaMA.build(**build)
+    if tuning_ckpt_path is not None:
+        # here, for PEFT and the Trainer take seconds to import
+        from llama.prompt_tuning import load_soft_prompt, warn_of_another_model
 
-
-def show_completions(generator: LLaMA, prompts: list[str], meter: Meter, **options) -> None:
-    """Generate; print prompts and continuations on stdout, and what they took on stderr."""
-    load_seconds = time.perf_counter() - meter.start
-    outputs = generator.generate(prompts, **options)
+        generator.soft_prompt = load_soft_prompt(tuning_ckpt_path, generator.model.args.dim)
+        warn_of_another_model(tuning_ckpt_path, generator.model)
+    load_seconds = time.perf_counter() - start
+    outputs = generator.generate(prompts, **sampling)
     if parallel.rank() == 0:
         for prompt, output in zip(prompts, outputs):
             print(prompt + output.text, end=SEPARATOR, flush=True)
     timing = generator.timing
-    peaks = parallel.gather_objects(meter.memory.device_peak())
+    peaks = parallel.gather_objects(memory.device_peak())
     parallel.say(
         f"loaded in {load_seconds:.1f} s; "
         f"prompts {timing.prompt_tokens} tokens, "

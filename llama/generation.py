@@ -60,16 +60,8 @@ class LLaMA:
         """
         wanted = parse_dtype(dtype)
         device = parallel.setup()
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
-        ckpt = Checkpoint(ckpt_dir)
-        tokenizer = Tokenizer(tokenizer_path)
-        if tokenizer.n_words != ckpt.args.vocab_size:
-            raise ValueError(
-                f"{tokenizer_path}: a vocabulary of {tokenizer.n_words}, but the model in "
-                f"{ckpt_dir} has {ckpt.args.vocab_size}; give the tokenizer that came with it"
-            )
+        parallel.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
         model = load_model(ckpt, device, wanted)
         return cls(model, tokenizer, max_seq_len, max_batch_size)
 
@@ -193,6 +185,17 @@ class LLaMA:
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
 
 
+def open_pair(ckpt_dir: str | Path, tokenizer_path: str | Path) -> tuple[Checkpoint, Tokenizer]:
+    """A checkpoint, not yet read, and its tokenizer; ValueError where their vocabularies differ."""
+    ckpt, tokenizer = Checkpoint(ckpt_dir), Tokenizer(tokenizer_path)
+    if tokenizer.n_words != ckpt.args.vocab_size:
+        raise ValueError(
+            f"{tokenizer_path}: a vocabulary of {tokenizer.n_words}, but the model in "
+            f"{ckpt_dir} has {ckpt.args.vocab_size}; give the tokenizer that came with it"
+        )
+    return ckpt, tokenizer
+
+
 def load_model(
     ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -250,8 +253,7 @@ def sample(
 
 def check_sampling(max_gen_len: int, temperature: float, top_p: float, seed: int | None) -> None:
     """Raise ValueError, naming the flag, for what generate cannot take."""
-    if max_gen_len < 1:
-        raise ValueError(f"--max_gen_len must be at least 1, not {max_gen_len}")
+    parallel.check_at_least(1, max_gen_len=max_gen_len)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"--temperature must be 0 (greedy) or more, not {temperature}")
     if not 0 < top_p <= 1:

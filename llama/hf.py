@@ -4,6 +4,7 @@ import re
 import reprlib
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,9 @@ from llama.formats import (
 from llama.gguf import GGUF_MAGIC, open_gguf
 from llama.model import ModelArgs
 from llama.tokenizer import read_json_object
+
+if TYPE_CHECKING:
+    import transformers
 
 EMBEDDING = "model.embed_tokens.weight"
 NAMES = {
@@ -115,6 +119,22 @@ def open_hf(path: str | Path) -> Source:
 
     files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     return Source(params, weight_shapes(args), dtype, read, files)
+
+
+def hf_config(args: ModelArgs, **options: object) -> "transformers.LlamaConfig":
+    """The configuration of Hugging Face's own model of the same shape."""
+    import transformers  # here, for it takes seconds, and reading a folder needs none of it
+
+    return transformers.LlamaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        vocab_size=args.vocab_size,
+        intermediate_size=args.hidden_dim,
+        rms_norm_eps=args.norm_eps,
+        **options,
+    )
 
 
 def unpermute(weight: torch.Tensor, n_heads: int) -> torch.Tensor:

@@ -120,6 +120,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_at_least(smallest: int, **values: float) -> None:
+    """Raise ValueError, naming the flag, for a value below the smallest that makes sense."""
+    for name, value in values.items():
+        if not value >= smallest:
+            raise ValueError(f"--{name} must be at least {smallest}, not {value}")
+
+
 def say(message: str) -> None:
     """Tell the user something that is not a result: on stderr, by rank 0 alone."""
     if rank() == 0:

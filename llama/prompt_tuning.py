@@ -21,11 +21,16 @@ from transformers.trainer_pt_utils import safe_globals
 
 from llama import parallel
 from llama.data import IGNORE
+from llama.hf import hf_config
 from llama.model import Transformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 BASE = "base_model.json"  # beside an adapter: which model it was trained on
 RUN = "run.json"  # beside a checkpoint: the options that a resumed run must keep
+MUST_STAY = (  # or a resumed run would not go on with what it began
+    *("batch_size", "gradient_accumulation_steps", "lr", "warmup_steps", "lr_scheduler"),
+    *("max_seq_len", "val_set_size", "train_on_inputs", "seed"),
+)
 CHECKPOINT_FILES = (  # what a run needs to go on as if it had not stopped
     *(CONFIG, WEIGHTS, BASE, RUN),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
@@ -47,19 +52,7 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
     config_class = transformers.LlamaConfig
 
     def __init__(self, transformer: Transformer, name_or_path: str = "") -> None:
-        args = transformer.args
-        super().__init__(
-            transformers.LlamaConfig(
-                vocab_size=args.vocab_size,
-                hidden_size=args.dim,
-                intermediate_size=args.hidden_dim,
-                num_hidden_layers=args.n_layers,
-                num_attention_heads=args.n_heads,
-                num_key_value_heads=args.n_kv_heads,
-                rms_norm_eps=args.norm_eps,
-                name_or_path=name_or_path,
-            )
-        )
+        super().__init__(hf_config(transformer.args, name_or_path=name_or_path))
         self.transformer = transformer
         self.gradient_scale = 1.0
 
@@ -234,14 +227,13 @@ def _differing(before: dict, now: dict) -> str:
     return ", ".join(key for key in now if key not in apart and before.get(key) != now[key])
 
 
-def check_options(**options: object) -> None:
+def check_options(options: dict) -> None:
     """Raise ValueError, naming the flag, for what a run cannot be trained with."""
-    at_least = {"num_virtual_tokens": 1, "batch_size": 1, "gradient_accumulation_steps": 1}
-    at_least |= {"eval_steps": 1, "save_steps": 1, "logging_steps": 1}
-    at_least |= {"warmup_steps": 0, "max_grad_norm": 0, "seed": 0}
-    for name, smallest in at_least.items():
-        if not options[name] >= smallest:
-            raise ValueError(f"--{name} must be at least {smallest}, not {options[name]}")
+    ones = ("num_virtual_tokens", "batch_size", "gradient_accumulation_steps")
+    ones += ("eval_steps", "save_steps", "logging_steps")
+    zeros = ("warmup_steps", "max_grad_norm", "seed")
+    for smallest, names in ((1, ones), (0, zeros)):
+        parallel.check_at_least(smallest, **{name: options[name] for name in names})
     for name in ("lr", "num_epochs"):
         if not 0 < options[name] < float("inf"):
             raise ValueError(f"--{name} must be above 0, not {options[name]}")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from random_model import hf_config, random_source
+from random_model import random_source
 
 from llama.checkpoint import Source
+from llama.hf import hf_config
 from llama.model import ModelArgs
 from llama.reshard import write_checkpoint
 

@@ -383,9 +383,9 @@ def test_options_that_train_nothing_are_named(name, value, message):
     options |= {"gradient_accumulation_steps": 1, "lr": 1e-3, "lr_scheduler": "cosine"}
     options |= {"warmup_steps": 0, "max_grad_norm": 1.0, "eval_steps": 1, "save_steps": 1}
     options |= {"logging_steps": 1, "seed": 0, "max_seq_len": 96}
-    check_options(**options)
+    check_options(options)
     with pytest.raises(ValueError, match=rf"--{name}\b.*{message}"):
-        check_options(**options | {name: value})
+        check_options(options | {name: value})
 
 
 def spoil(name, content):
