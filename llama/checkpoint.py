@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pickletools
 import re
 import reprlib
@@ -15,7 +14,7 @@ from typing import IO
 import torch
 
 from llama import manifest, parallel
-from llama.manifest import Manifest, content_hash, sha256_of_tiles
+from llama.manifest import Manifest, content_hash, read_json_object, sha256_of_tiles
 from llama.model import ModelArgs
 
 # Dimension of the PyTorch weight (out_features, in_features) that is cut; None: every shard holds
@@ -509,15 +508,7 @@ def _read_params(ckpt_dir: Path) -> dict:
             f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format. A Hugging Face "
             f"folder or GGUF file becomes one by: python convert_model.py --from PATH --out_dir DIR"
         )
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise ValueError("longer than a megabyte")
-        params = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(params, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: unreadable ({error})") from None
-    return params
+    return read_json_object(path, 1 << 20)
 
 
 def _find_shards(ckpt_dir: Path) -> list[Path]:
@@ -555,19 +546,7 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     Files of torch's old, non-zip format cannot be mapped and are read whole.
     """
     try:
-        with path.open("rb") as file:
-            mappable = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            if not mappable:  # magic number, version and system, then the dict
-                for _ in range(4):
-                    _check_pickle(file)
-        if mappable:
-            _check_archive(path)
-        else:
-            parallel.say(
-                f"{path}: an old format that cannot be mapped, so it takes its size in memory"
-            )
-        shard = torch.load(str(path), map_location="cpu", mmap=mappable, weights_only=True)
+        shard = load_plain(path)
     except OSError as error:
         raise ValueError(f"{path}: unreadable ({error})") from None
     except Exception as error:  # torch raises whatever the bytes provoke
@@ -590,6 +569,24 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
         if not strided or weight.nbytes > weight.untyped_storage().nbytes():
             raise ValueError(f"{path}: damaged: {name} claims more bytes than it has")
     return shard
+
+
+def load_plain(path: Path) -> object:
+    """What torch.save wrote, mapped into memory, if it is made of nothing but plain tensors.
+
+    Raises whatever the bytes provoke; no code in them can run, nor ask for memory.
+    """
+    with path.open("rb") as file:
+        mappable = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        if not mappable:  # magic number, version and system, then the object
+            for _ in range(4):
+                _check_pickle(file)
+    if mappable:
+        _check_archive(path)
+    else:
+        parallel.say(f"{path}: an old format that cannot be mapped, so it takes its size in memory")
+    return torch.load(str(path), map_location="cpu", mmap=mappable, weights_only=True)
 
 
 def _check_archive(path: Path) -> None:

@@ -19,8 +19,8 @@ from llama.formats import (
     positive_number,
 )
 from llama.gguf import GGUF_MAGIC, open_gguf
+from llama.manifest import read_json_object
 from llama.model import ModelArgs
-from llama.tokenizer import read_json_object
 
 if TYPE_CHECKING:
     import transformers

@@ -44,17 +44,13 @@ class Manifest:
         try:
             if not path.is_file():
                 raise ValueError("a link that leads nowhere, or no file")
-            if path.stat().st_size > LONGEST:
-                raise ValueError(f"longer than {LONGEST:,} bytes")
-            value = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(value, dict):
-                raise ValueError("not a JSON object")
+            value = json_object(path, LONGEST)
             if value.get("format") != FORMAT:
                 found = reprlib.repr(value.get("format"))
                 raise ValueError(f"format {found}, but this program knows {FORMAT}")
             manifest = cls(**value)
             manifest._check_types()
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{path}: unreadable ({error}); without it the folder can be used unverified"
             ) from None
@@ -78,6 +74,27 @@ class Manifest:
     def text(self) -> str:
         """The content of manifest.json."""
         return json.dumps({"format": self.format} | asdict(self), indent=1) + "\n"
+
+
+def json_object(path: Path, longest: int) -> dict:
+    """The JSON object in a file of at most so many bytes; ValueError, saying why, without one."""
+    if path.stat().st_size > longest:
+        raise ValueError(f"longer than {longest:,} bytes")
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object but {type(value).__name__}")
+    return value
+
+
+def read_json_object(path: Path, longest: int = 1 << 28) -> dict:
+    """The JSON object in a file; ValueError, with the path, if it holds anything else."""
+    try:
+        return json_object(path, longest)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from None
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -20,9 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_pt_utils import safe_globals
 
 from llama import parallel
+from llama.checkpoint import load_plain
 from llama.data import IGNORE
 from llama.hf import hf_config
+from llama.manifest import read_json_object
 from llama.model import Transformer
+from llama.reshard import fsync
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 BASE = "base_model.json"  # beside an adapter: which model it was trained on
@@ -153,7 +155,7 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
         raise FileNotFoundError(f"{path}: no such adapter; train one with ft_main.py")
     config = (path if path.is_dir() else path.parent) / CONFIG
     if config.is_file():
-        kind = _read_json(config).get("peft_type")
+        kind = read_json_object(config).get("peft_type")
         if kind not in ("PROMPT_TUNING", "P_TUNING"):
             raise ValueError(f"{config}: an adapter of type {kind}; only prompt tuning fits here")
     if path.is_dir():
@@ -163,13 +165,10 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
             raise FileNotFoundError(f"{path}: no {' or '.join(names)} in this folder")
         path = found[0]
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except Exception as error:  # the libraries raise whatever the bytes provoke
-        reason = "it holds more than tensors" if "weights_only" in str(error) else str(error)
-        raise ValueError(f"{path}: not an adapter, or damaged: {reason.splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not an adapter, or damaged: {reason}") from None
     keys = [key for key in PROMPT_KEYS if isinstance(state, dict) and key in state]
     if not keys or not isinstance(state[keys[0]], torch.Tensor):
         raise ValueError(f"{path}: no tensor {' or '.join(PROMPT_KEYS)} in it, so no tuned prompt")
@@ -191,7 +190,7 @@ def warn_of_another_model(path: str | Path, transformer: Transformer) -> None:
     path = Path(path)
     base = (path if path.is_dir() else path.parent) / BASE
     if base.is_file():
-        changed = _differing(_read_json(base), base_model_facts(transformer))
+        changed = _differing(read_json_object(base), base_model_facts(transformer))
         if changed:
             parallel.say(f"{path}: was trained on another model (it differs in {changed})")
 
@@ -206,8 +205,7 @@ def save_adapter(model: peft.PeftModel, folder: str | Path) -> None:
     base = base_model_facts(model.get_base_model().transformer)
     (partial / BASE).write_text(json.dumps(base, indent=2) + "\n")
     for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(path)
         path.replace(folder / path.name)
     partial.rmdir()
 
@@ -288,7 +286,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
     newest = numbered[max(numbered)]
     for name in CHECKPOINT_FILES:
         if name.endswith(".json"):
-            _read_json(newest / name)
+            read_json_object(newest / name)
         elif name != WEIGHTS:
             try:
                 with safe_globals():  # as the Trainer reads them: no code in them can run
@@ -300,16 +298,6 @@ def newest_checkpoint(output_dir: Path) -> Path:
                     "before"
                 ) from None
     return newest
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: unreadable ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
 
 
 class Watch(transformers.TrainerCallback):
@@ -383,9 +371,9 @@ class PromptTrainer(transformers.Trainer):
                 f"{len(expected)}"
             )
         base = base_model_facts(self.model.get_base_model().transformer)
-        if changed := _differing(_read_json(checkpoint / BASE), base):
+        if changed := _differing(read_json_object(checkpoint / BASE), base):
             raise ValueError(f"{checkpoint}: trained on another model (it differs in {changed})")
-        before = _read_json(checkpoint / RUN)
+        before = read_json_object(checkpoint / RUN)
         changed = ", ".join(k for k, v in self.must_stay.items() if before.get(k) != v)
         if changed:
             raise ValueError(
@@ -401,8 +389,7 @@ class PromptTrainer(transformers.Trainer):
             (folder,) = self._partial.iterdir()
             (folder / RUN).write_text(json.dumps(self.must_stay, indent=2) + "\n")
             for path in folder.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                fsync(path)
             target = Path(self.args.output_dir) / folder.name
             if target.exists():  # of a run that is trained beyond it again
                 target.rename(self._partial / "old")

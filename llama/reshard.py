@@ -254,10 +254,10 @@ def _new_folder(out_dir: Path) -> Iterator[Path]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield folder
             for path in [*folder.iterdir(), folder]:
-                _fsync(path)
+                fsync(path)
             with _naming(out_dir):
                 folder.rename(out_dir)
-            _fsync(out_dir.parent)
+            fsync(out_dir.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in new_parents:
@@ -274,7 +274,8 @@ def _check_free(out_dir: Path) -> None:
         raise ValueError(f"{out_dir}: already there and not empty; remove it or choose another")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return when a file, or a folder's list of files, is on the disk."""
     with _naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
+
+from llama.manifest import read_json_object
 
 # Found in a folder in this order; the kind of a file is told by its content alone.
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -297,16 +298,3 @@ def _json_bos(rust: tokenizers.Tokenizer, named: int | None, add_bos: bool | Non
     if add_bos and named is not None:
         return named
     return added
-
-
-def read_json_object(path: Path) -> dict:
-    """A JSON object from a file; ValueError, with the path, if it holds anything else."""
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is no configuration file")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as err:
-        raise ValueError(f"{path}: not a JSON file: {err}") from err
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

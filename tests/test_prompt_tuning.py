@@ -303,6 +303,10 @@ BAD_ADAPTERS = {
     "vector": (lambda f: torch.save({"prompt_embeddings": torch.ones(64)}, f), "shape"),
     "other keys": (lambda f: torch.save({"lora_A": torch.ones(3, 64)}, f), "no tuned prompt"),
     "code": (lambda f: torch.save({"prompt_embeddings": RunsCode()}, f), "more than tensors"),
+    "memory": (
+        lambda f: f.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."),
+        "more than tensors .builtins bytearray.",
+    ),
     "text": (lambda f: f.write_text("hello"), "not an adapter"),
     "no tensors": (lambda f: torch.save([1, 2], f), "no tuned prompt"),
 }
