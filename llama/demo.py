@@ -86,15 +86,16 @@ def complete(
 
     sampling: what LLaMA.generate takes beside the prompts; build: what LLaMA.build takes.
     """
+    if tuning_ckpt_path is not None:
+        # here, for PEFT and the Trainer take seconds to import
+        from llama.prompt_tuning import load_soft_prompt, warn_of_another_model
+
     start = time.perf_counter()
     memory = parallel.MemoryWatch(interval=0.05)
     prompts = read_prompts(prompts_file)
     check_sampling(**sampling)
     generator = LLaMA.build(**build)
     if tuning_ckpt_path is not None:
-        # here, for PEFT and the Trainer take seconds to import
-        from llama.prompt_tuning import load_soft_prompt, warn_of_another_model
-
         generator.soft_prompt = load_soft_prompt(tuning_ckpt_path, generator.model.args.dim)
         warn_of_another_model(tuning_ckpt_path, generator.model)
     load_seconds = time.perf_counter() - start
