@@ -48,7 +48,7 @@ test-oldest: $(VENV)/installed
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet torch==2.10.0 numpy
 	OLDEST_TORCH_PYTHON=.venv-oldest/bin/python $(VENV)/bin/python -m pytest -s \
-		tests/test_reshard.py -k plain_torch
+		tests/test_write.py -k plain_torch
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

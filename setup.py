@@ -9,7 +9,8 @@ setup(
     version="0.1.0",
     description="LLaMA split across several small accelerators: generation and prompt tuning",
     license="GPL-3.0-only",
-    packages=["llama"],  # named: find_packages() would take datasets/ for one
+    # named: find_packages() would take datasets/ for one
+    packages=["llama", "llama.checkpoint", "llama.tuning"],
     python_requires=">=3.10",
     install_requires=[
         line

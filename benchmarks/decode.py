@@ -17,12 +17,12 @@ import torch.nn.functional as F
 import transformers
 from random_model import random_source
 
-from llama import LLaMA, parallel
-from llama.checkpoint import Checkpoint
+from llama import LLaMA, cli, parallel
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.hf import hf_config
+from llama.checkpoint.write import write_checkpoint
 from llama.generation import Timing, load_model
-from llama.hf import hf_config
-from llama.model import product
-from llama.reshard import write_checkpoint
+from llama.layers import linear
 
 PARAMS = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32000, "norm_eps": 1e-5}
 PROMPT_LEN, GEN_LEN, ROUNDS = 16, 64, 5
@@ -97,7 +97,7 @@ def hugging_face(ids: list[int], model: torch.nn.Module) -> Callable[[], object]
 def main() -> None:
     """Measure all of it in turns, in one run, and print medians and ratios."""
     device, n = parallel.setup(), parallel.world_size()
-    folder = parallel.from_rank_0(tempfile.mkdtemp() if parallel.rank() == 0 else None)
+    folder = parallel.gather_objects(parallel.rank() or tempfile.mkdtemp())[0]
     if parallel.rank() == 0:
         write_checkpoint(random_source(PARAMS, std=0.02), f"{folder}/ckpt", n)
     dist.barrier()
@@ -115,7 +115,7 @@ def main() -> None:
     works = {
         "llama": generate,
         "torch F.linear": bare_products(model, F.linear),
-        "bare products": bare_products(model, product),
+        "bare products": bare_products(model, linear),
         "bare collectives": bare_collectives(model, n, layers_gather=True),
         "torch all_reduce": bare_collectives(model, n, layers_gather=False),
     }
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

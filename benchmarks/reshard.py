@@ -15,36 +15,31 @@ from pathlib import Path
 import torch
 from random_model import random_source
 
-from llama import parallel
-from llama.reshard import write_checkpoint
+from llama import cli
+from llama.checkpoint.folder import Checkpoint, shard_name
+from llama.checkpoint.weights import cut_of
+from llama.checkpoint.write import write_checkpoint
 
 SMALL = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 26000}
 BILLION = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000}
 ROUNDS = 5
 REPO = Path(__file__).parent.parent
 
-UPSTREAM = """
-import sys, torch
-from pathlib import Path
-from llama.checkpoint import cut_of, SHARD_DIMS
-from llama.reshard import write_checkpoint
-from llama.model import ModelArgs
-import json
-source, out, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-args = ModelArgs.from_params(json.loads((source / "params.json").read_text()))
-paths = sorted(source.glob("*.pth"))
-shards = [torch.load(path, weights_only=True) for path in paths]
-out.mkdir()
-new = [{} for _ in range(n)]
-for name in shards[0]:
-    cut, into = cut_of(name, args, len(shards)), cut_of(name, args, n)
-    parts = [shards[cut.first_shard_with(i)][name] for i in range(cut.pieces)]
-    whole = torch.cat(parts, cut.dim)
+
+def load_all_cut_save(ckpt_dir: Path, out_dir: Path, n: int) -> None:
+    """Cut as upstream does: all shards in memory, all parts beside them, then written."""
+    ckpt = Checkpoint(ckpt_dir)
+    shards = [torch.load(path, weights_only=True) for path in ckpt.paths]
+    new = [{} for _ in range(n)]
+    for name in ckpt.shapes:
+        cut, into = ckpt.cut(name), cut_of(name, ckpt.args, n)
+        parts = [shards[cut.first_shard_with(i)][name] for i in range(cut.parts)]
+        whole = torch.cat(parts, cut.dim)
+        for i in range(n):
+            new[i][name] = whole.chunk(into.parts, into.dim)[into.part_in(i)].clone()
+    out_dir.mkdir()
     for i in range(n):
-        new[i][name] = whole.chunk(into.pieces, into.dim)[into.piece_of(i)].clone()
-for i in range(n):
-    torch.save(new[i], out / f"fs_consolidated.{i:02d}.pth")
-"""
+        torch.save(new[i], out_dir / shard_name(i))
 
 
 def measure(command: list[str], out: Path) -> tuple[float, float]:
@@ -53,7 +48,7 @@ def measure(command: list[str], out: Path) -> tuple[float, float]:
     process = subprocess.Popen(
         command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    watch = parallel.MemoryWatch(process.pid, interval=0.002)
+    watch = cli.MemoryWatch(process.pid, interval=0.002)
     if process.wait():
         raise RuntimeError(f"{command} failed")
     seconds = time.perf_counter() - start
@@ -62,20 +57,23 @@ def measure(command: list[str], out: Path) -> tuple[float, float]:
     return seconds, watch.peak / 1e6
 
 
-def main(billion: bool = False, from_n: int = 1, n: int = 2) -> None:
+def main(billion: bool = False, from_n: int = 1, n: int = 2, ckpt_dir: str = "") -> None:
     """Measure all in turns, in one run, and print medians and ratios.
 
     Args:
         billion: take the 1.1B-parameter model in bfloat16 and not the 500 MB one in float32.
         from_n: shards to begin with.
         n: shards to cut into.
+        ckpt_dir: cut this folder as upstream does, into one named out beside it. Not for users.
     """
+    if ckpt_dir:
+        load_all_cut_save(Path(ckpt_dir), Path(ckpt_dir).with_name("out"), n)
+        return
     folder = Path(tempfile.mkdtemp())
     source, out = folder / "ckpt", folder / "out"
     params, dtype = (BILLION, torch.bfloat16) if billion else (SMALL, torch.float32)
     write_checkpoint(random_source(params, dtype), source, from_n)
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e6
-    paths = [str(source), str(out), str(n)]
     flags = ["--ckpt_dir", str(source), "--n", str(n), "--out_dir", str(out)]
     commands = {
         "cp -r": ["cp", "-r", str(source), str(out)],
@@ -83,7 +81,7 @@ def main(billion: bool = False, from_n: int = 1, n: int = 2) -> None:
         "import torch": [sys.executable, "-c", "import torch"],
         "start-up": [sys.executable, "split_model.py", "--help"],
         "split_model.py": [sys.executable, "split_model.py", *flags],
-        "load all, cut, save": [sys.executable, "-c", UPSTREAM, *paths],
+        "load all, cut, save": [sys.executable, __file__, *flags[:4]],
     }
     results = {name: [] for name in commands}
     for _ in range(ROUNDS):
@@ -101,4 +99,4 @@ def main(billion: bool = False, from_n: int = 1, n: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

@@ -17,12 +17,12 @@ import torch
 import transformers
 from random_model import random_source
 
-from llama import parallel
-from llama.checkpoint import Checkpoint
+from llama import cli, parallel
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.hf import hf_config
+from llama.checkpoint.write import write_checkpoint
 from llama.generation import load_model
-from llama.hf import hf_config
-from llama.prompt_tuning import add_soft_prompt
-from llama.reshard import write_checkpoint
+from llama.tuning.model import add_soft_prompt
 
 # SmolLM2-135M's shape
 PARAMS = {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152}
@@ -60,7 +60,7 @@ def main(side: str = "", ckpt_dir: str = "") -> None:
     """
     if side:
         ckpt = Checkpoint(ckpt_dir)
-        watch = parallel.MemoryWatch()
+        watch = cli.MemoryWatch()
         if side == "llama":
             model = add_soft_prompt(load_model(ckpt, parallel.setup()), VIRTUAL, None, ckpt_dir)
         else:
@@ -90,4 +90,4 @@ def main(side: str = "", ckpt_dir: str = "") -> None:
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    cli.run(main)

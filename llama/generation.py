@@ -1,5 +1,6 @@
 """LLaMA: a model, its tokenizer, and text from them over all ranks of a run."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,11 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mpu
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, check_shard_count, counted, parse_dtype
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.weights import parse_dtype
+from llama.cli import check_at_least
 from llama.model import KVCache, Transformer
+from llama.options import check_sampling
 from llama.tokenizer import Tokenizer
 
 
@@ -24,8 +28,9 @@ class Output:
 
 @dataclass
 class Timing:
-    """What generation has taken so far on this rank."""
+    """What loading and generating have taken so far on this rank."""
 
+    load_seconds: float = 0.0
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
@@ -48,7 +53,6 @@ class LLaMA:
         cls,
         ckpt_dir: str | Path,
         tokenizer_path: str | Path,
-        *,
         max_seq_len: int = 512,
         max_batch_size: int = 32,
         dtype: str | None = None,
@@ -58,12 +62,14 @@ class LLaMA:
         dtype: float32, bfloat16 or float16; None takes what the checkpoint holds. Raises
         FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
         """
+        began = time.perf_counter()
         wanted = parse_dtype(dtype)
+        check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         device = parallel.setup()
-        parallel.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
         model = load_model(ckpt, device, wanted)
-        return cls(model, tokenizer, max_seq_len, max_batch_size)
+        timing = Timing(load_seconds=parallel.now() - began)
+        return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing)
 
     def generate(
         self,
@@ -86,17 +92,12 @@ class LLaMA:
         self._check_lengths(prompts, encoded)
         generator = torch.Generator(self.device)
         generator.seed() if seed is None else generator.manual_seed(seed)
+        sampling = Sampling(temperature, top_p, generator)
         outputs: list[Output] = []
-        with torch.inference_mode():
-            for first in range(0, len(encoded), self.max_batch_size):
-                batch = encoded[first : first + self.max_batch_size]
-                continuations = self._generate_batch(
-                    batch, max_gen_len, temperature, top_p, generator
-                )
-                outputs += [
-                    Output(self._text_after(ids, new), new)
-                    for ids, new in zip(batch, continuations)
-                ]
+        for first in range(0, len(encoded), self.max_batch_size):
+            batch = encoded[first : first + self.max_batch_size]
+            for ids, new in zip(batch, self._generate_batch(batch, max_gen_len, sampling)):
+                outputs.append(Output(self._text_after(ids, new), new))
         return outputs
 
     @property
@@ -108,38 +109,37 @@ class LLaMA:
         return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
     def _check_lengths(self, prompts: Sequence[str], encoded: list[list[int]]) -> None:
+        virtual = self.num_virtual_tokens
         for number, (prompt, ids) in enumerate(zip(prompts, encoded), 1):
             name = f"prompt {number} ({prompt[:40]!r})"
-            if not ids and not self.num_virtual_tokens:
+            if not ids and not virtual:
                 raise ValueError(f"{name} has no token to start from")
-            if self.num_virtual_tokens + len(ids) >= self.max_seq_len:
-                virtual = f" after {self.num_virtual_tokens} virtual ones" * bool(
-                    self.num_virtual_tokens
-                )
+            if virtual + len(ids) >= self.max_seq_len:
                 raise ValueError(
-                    f"{name} has {len(ids)} tokens{virtual}, which leaves no room to generate in "
-                    f"max_seq_len {self.max_seq_len}: shorten it or raise --max_seq_len"
+                    f"{name} has {len(ids)} tokens, and the tuned prompt {virtual}, which leaves "
+                    f"no room to generate in max_seq_len {self.max_seq_len}: shorten it or raise "
+                    "--max_seq_len"
                 )
 
+    @torch.inference_mode()
     def _generate_batch(
-        self,
-        batch: list[list[int]],
-        max_gen_len: int,
-        temperature: float,
-        top_p: float,
-        generator: torch.Generator,
+        self, batch: list[list[int]], max_gen_len: int, sampling: "Sampling"
     ) -> list[list[int]]:
-        lengths = [self.num_virtual_tokens + len(ids) for ids in batch]
+        """The new ids of each row of prompt ids, without the id that ended it."""
+        lengths = [self.num_virtual_tokens + len(ids) for ids in batch]  # in the cache, of each row
         limits = [min(max_gen_len, self.max_seq_len - length) for length in lengths]
-        cache = KVCache(self.model, len(batch), max(map(sum, zip(lengths, limits))))
+        cache = KVCache(
+            self.model, len(batch), max(length + limit for length, limit in zip(lengths, limits))
+        )
         continuations: list[list[int]] = [[] for _ in batch]
         done = [False] * len(batch)
-        clock = parallel.Stopwatch(self.device)
+        began = parallel.now()
         logits = self._prefill(batch, lengths, cache)
-        self.timing.prompt_seconds += clock.lap()
+        prefilled = parallel.now()
+        self.timing.prompt_seconds += prefilled - began
         self.timing.prompt_tokens += sum(map(len, batch))
         while True:
-            next_ids = choose(logits, temperature, top_p, generator)
+            next_ids = sample_on_rank_0(logits, sampling)
             for row, token in enumerate(next_ids.tolist()):
                 if done[row]:
                     continue
@@ -151,9 +151,9 @@ class LLaMA:
             if all(done):
                 break
             logits = self._decode_one_token(next_ids, lengths, cache)
-            # A finished row stays in the batch, at the place where it ended.
+            # A finished row stays in the batch: it writes again and again where it ended.
             lengths = [length + (not end) for length, end in zip(lengths, done)]
-        self.timing.generated_seconds += clock.lap()
+        self.timing.generated_seconds += parallel.now() - prefilled
         self.timing.generated_tokens += sum(map(len, continuations))
         return continuations
 
@@ -170,8 +170,8 @@ class LLaMA:
             soft = self.soft_prompt.to(h).expand(len(batch), -1, -1)
             h = torch.cat((soft, h), dim=1)  # (bsz, num_virtual_tokens + longest, dim)
         h = self.model.hidden_states(inputs_embeds=h, cache=cache, start_pos=[0] * len(batch))
-        ends = torch.tensor(lengths, device=self.device) - 1
-        return self.model.gather_logits(h[cache.rows[:, 0], ends])
+        rows, lasts = range(len(batch)), [length - 1 for length in lengths]
+        return self.model.gather_logits(h[rows, lasts])  # of the last token of each row
 
     def _decode_one_token(
         self, ids: torch.Tensor, lengths: list[int], cache: KVCache
@@ -206,57 +206,40 @@ def load_model(
     memory, but for those that such a cut takes apart by columns.
     """
     rank, n = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
-    parts = [(rank, name) for name in ckpt.shapes]
-    if ckpt.n != n:
-        check_shard_count(ckpt.args, n, f"{ckpt.dir}: with {n} ranks running, it")
-        parallel.say(
-            f"{ckpt.dir}: {counted(ckpt.n, 'shard')}, cut for {counted(n, 'rank')} while loading; "
-            f"to save that work: python split_model.py --ckpt_dir {ckpt.dir} --n {n}"
-        )
-        # Each rank reads of every shard, but one rank of a machine vouches for each part.
-        parts = [(i, name) for i in range(ckpt.n) for name in ckpt.shapes][parallel.local_share()]
-    for shard, name in parts:
-        ckpt.check_part(shard, name)
+    ckpt.prepare(rank, n)
     model = Transformer(ckpt.args)
-    state = {
-        name: ckpt.slice(name, rank, n).to(device, dtype or ckpt.dtype) for name in ckpt.shapes
-    }
-    model.load_state_dict(state, assign=True)
+    dtype = dtype or ckpt.dtype
+    weights = {name: ckpt.part(name, rank, n).to(device, dtype) for name in ckpt.shapes}
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
 
 
-def choose(
-    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
-    """The next id of each row, (bsz,): rank 0 chooses and tells the others, so none can drift."""
+@dataclass
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float  # 0: the likeliest
+    top_p: float
+    generator: torch.Generator
+
+
+def sample_on_rank_0(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Sample the next id of each row, (bsz,), on rank 0, and broadcast it, so that none differs."""
     next_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     if mpu.get_model_parallel_rank() == 0:
-        next_ids.copy_(sample(logits, temperature, top_p, generator))
+        next_ids.copy_(sample(logits, sampling))
     if mpu.get_model_parallel_world_size() > 1:
         dist.broadcast(next_ids, mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group())
     return next_ids
 
 
-def sample(
-    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """One id a row of logits (bsz, vocab_size): the likeliest at temperature 0, else at random."""
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     # From the greatest down, so that a temperature near 0 divides into no infinity.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     probs, ids = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
     # A token stays while those before it do not yet sum to top_p: the first one always does.
-    probs[probs.cumsum(dim=-1) - probs > top_p] = 0
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-
-
-def check_sampling(max_gen_len: int, temperature: float, top_p: float, seed: int | None) -> None:
-    """Raise ValueError, naming the flag, for what generate cannot take."""
-    parallel.check_at_least(1, max_gen_len=max_gen_len)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature must be 0 (greedy) or more, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top_p must be above 0 and at most 1, not {top_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {seed}")
+    probs[probs.cumsum(dim=-1) - probs > sampling.top_p] = 0
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=sampling.generator))[:, 0]

@@ -11,7 +11,7 @@ import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from llama.manifest import read_json_object
+from llama.files import read_json
 
 # Found in a folder in this order; the kind of a file is told by its content alone.
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -247,7 +247,7 @@ def _load_json(path: Path, data: bytes) -> _Model:
     rust.encode_special_tokens = True
 
     config_path = path.with_name("tokenizer_config.json")
-    config = read_json_object(config_path) if config_path.is_file() else {}
+    config = read_json(config_path) if config_path.is_file() else {}
 
     def named_id(key: str) -> int | None:
         token = config.get(key)

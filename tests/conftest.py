@@ -1,4 +1,7 @@
-"""Tiny random models, tokenizers for them, and torchrun, for all tests."""
+"""Tiny random models, tokenizers for them, and torchrun, for all tests.
+
+Start reading at make_ckpt(), a checkpoint to test with, and run_script(), a script as users run it.
+"""
 
 import importlib.util
 import json
@@ -6,17 +9,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 import transformers
 from random_model import random_source
 
-from llama.checkpoint import Source
-from llama.hf import hf_config
-from llama.model import ModelArgs
-from llama.reshard import write_checkpoint
+from llama.checkpoint.hf import hf_config
+from llama.checkpoint.weights import Source
+from llama.checkpoint.write import write_checkpoint
 
 REPO = Path(__file__).parent.parent
 # One thread a rank: the ranks of a test share few cores.
@@ -49,7 +53,7 @@ def make_ckpt(path: Path, n: int = 1, dtype: torch.dtype = torch.float32, **chan
 
 def hf_model(source: Source) -> transformers.LlamaForCausalLM:
     """The same weights in Hugging Face's own class, as an independent reference."""
-    args = ModelArgs.from_params(source.params)
+    args = source.args
     scaling = {"rope_type": "default"}
     if args.use_scaled_rope:
         scaling = {
@@ -97,7 +101,7 @@ def hf_model(source: Source) -> transformers.LlamaForCausalLM:
 
 def run_script(
     script: str | Path, *flags: object, n: int | None = None, timeout: float = 120, **options
-) -> subprocess.CompletedProcess:
+) -> CompletedProcess:
     """Run one of the repository's scripts as a user does: plain, or with torchrun over n ranks."""
     command = [sys.executable]
     if n is not None:
@@ -111,16 +115,20 @@ def run_script(
     return result
 
 
+def run_program(folder: Path, n: int | None, program: Callable, **values) -> CompletedProcess:
+    """Run a function of programs.py on n torchrun ranks, with values that JSON can hold."""
+    given = folder / f"{program.__name__}.json"
+    given.write_text(json.dumps(values))
+    return run_script("tests/programs.py", "--name", program.__name__, "--values", given, n=n)
+
+
 @pytest.fixture
 def on_ranks(tmp_path):
-    """Run a piece of Python on n torchrun ranks; what it prints (JSON, by rank 0) is returned."""
+    """Run a function of programs.py on n torchrun ranks; what it returns on rank 0."""
 
-    def run(n: int, code: str, **values) -> object:
-        script = tmp_path / f"ranks_{n}.py"
-        given = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-        script.write_text(f"from pathlib import PosixPath\n{given}\n{code}\n")
-        result = run_script(script, n=n)
+    def run(n: int | None, program: Callable, **values) -> object:
+        result = run_program(tmp_path, n, program, **values)
         assert result.returncode == 0, result.stderr[-4000:]
-        return json.loads(result.stdout) if result.stdout.strip() else None
+        return json.loads(result.stdout)
 
     return run

@@ -1,11 +1,7 @@
-"""Promises of llama/data.py and of the data in datasets/."""
+"""Instruction data: prompts, rows, tokens with labels, batches; and the data in datasets/."""
 
 import json
-import multiprocessing
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,16 +9,15 @@ import pytest
 import torch
 from conftest import REPO, TOKENIZERS
 
-from llama import data
-from llama.data import (
-    ALPACA_PREAMBLE,
+from llama.tokenizer import Tokenizer
+from llama.tuning.data import (
     Collator,
     alpaca_prompt,
     load_instructions,
     split_dataset,
     tokenize_dataset,
 )
-from llama.tokenizer import Tokenizer
+from llama.tuning.options import ALPACA_PREAMBLE
 
 SHORT_ANSWERS = REPO / "datasets" / "short_answers.json"
 BEGINNING = "Below is an instruction that describes a task"
@@ -31,36 +26,18 @@ OUTPUTS = ("In short: yes.", "", " spaced", "\nnext line", "1 + 1 = 2", "北京 
 
 
 class ByteTokenizer:
-    """A token a byte; counts what it is asked to encode."""
+    """A token a byte."""
 
-    n_words = 259
     bos_id = 256
     eos_id = 257
 
-    def __init__(self):
-        self.calls = 0
-
     def encode(self, s, *, bos=True, eos=False):
-        self.calls += 1
         return [self.bos_id] * bos + list(s.encode()) + [self.eos_id] * eos
 
 
-class MergingTokenizer(ByteTokenizer):
-    """Makes one token of a colon and a closing bracket, as byte-pair merging may."""
-
-    def encode(self, s, *, bos=True, eos=False):
-        ids = super().encode(s.replace(":)", "\0"), bos=bos, eos=eos)
-        return [258 if i == 0 else i for i in ids]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece():
-    return Tokenizer(TOKENIZERS["sentencepiece"][0])
-
-
-@pytest.fixture(scope="module")
-def tiktoken():
-    return Tokenizer(TOKENIZERS["tiktoken"][0])
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    return Tokenizer(TOKENIZERS[request.param][0])
 
 
 def write_rows(path: Path, *rows: tuple[str, ...]) -> Path:
@@ -70,12 +47,14 @@ def write_rows(path: Path, *rows: tuple[str, ...]) -> Path:
     return path
 
 
+def tokenized(path: Path, tokenizer=None, max_seq_len: int = 512, **options) -> list[dict]:
+    """The rows of a file as lists of numbers."""
+    rows = tokenize_dataset(path, tokenizer or ByteTokenizer(), max_seq_len, **options)
+    return [{name: tensor.tolist() for name, tensor in row.items()} for row in rows]
+
+
 def prompt_length(instruction: str, input: str = "") -> int:
     return len(ByteTokenizer().encode(alpaca_prompt(instruction, input)))
-
-
-def files_below(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def learned(row: dict) -> list[int]:
@@ -87,15 +66,11 @@ def learned(row: dict) -> list[int]:
 
 def test_prompts_are_alpacas_to_the_letter():
     assert alpaca_prompt("Do it") == f"{BEGINNING}. {ENDING}Do it\n\n### Response:"
+    assert alpaca_prompt("Do it").startswith(f"{ALPACA_PREAMBLE}\n\n### Instruction:")
     assert alpaca_prompt("Do it", "now") == (
         f"{BEGINNING}, paired with an input that provides further context. {ENDING}Do it\n\n"
         "### Input:\nnow\n\n### Response:"
     )
-
-
-def test_preamble_is_how_the_prompt_without_input_begins():
-    assert alpaca_prompt("x").startswith(ALPACA_PREAMBLE + "\n\n### Instruction:")
-    assert ALPACA_PREAMBLE.endswith("completes the request.")
 
 
 @pytest.mark.parametrize("text", ["{instruction}", "{input}", "{}", "{{x}}", "{0}", "a % b \\1"])
@@ -200,73 +175,33 @@ def test_a_missing_file_is_told_with_its_path(tmp_path):
 # Tokens and labels
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
-def test_prompt_ids_are_those_that_generation_feeds(kind, request, tmp_path):
-    tokenizer = request.getfixturevalue(kind)
+def test_prompt_ids_are_those_that_generation_feeds(tokenizer, tmp_path):
     rows = [("Say {x}", output, extra) for output in OUTPUTS for extra in ("", "é 北京 ")]
     path = write_rows(tmp_path / "rows.json", *rows)
-    dataset = tokenize_dataset(path, tokenizer, 512)
-    assert dataset.column_names == ["input_ids", "labels"]
-    assert len(dataset) == len(rows)
-    for (instruction, _, extra), row in zip(rows, dataset):
-        prompt = tokenizer.encode(alpaca_prompt(instruction, extra), bos=True)
-        assert row["input_ids"][: len(prompt)] == prompt
-        response = row["input_ids"][len(prompt) :]
+    found = tokenized(path, tokenizer)
+    assert len(found) == len(rows)
+    for (instruction, output, extra), row in zip(rows, found):
+        prompt = alpaca_prompt(instruction, extra)
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        assert row["input_ids"][: len(prompt_ids)] == prompt_ids
+        response = row["input_ids"][len(prompt_ids) :]
         assert response[-1] == tokenizer.eos_id
-        assert row["labels"] == [-100] * len(prompt) + response
-
-
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_response_has_no_space_that_sentencepiece_makes_up(sentencepiece, tmp_path, output):
-    path = write_rows(tmp_path / "rows.json", ("Say it", output))
-    response = learned(tokenize_dataset(path, sentencepiece, 512)[0])
-    prompt = alpaca_prompt("Say it")
-    whole = sentencepiece.encode(prompt + output, bos=True, eos=True)
-    assert sentencepiece.encode(prompt, bos=True) + response == whole
-    if output.strip():  # encoded alone it would be another text: that of " " + output
-        assert response[:-1] != sentencepiece.encode(output, bos=False)
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
-def test_prompt_and_response_decode_to_the_whole_text(kind, request, tmp_path):
-    tokenizer = request.getfixturevalue(kind)
-    path = write_rows(tmp_path / "rows.json", *(("Say it", output) for output in OUTPUTS))
-    for output, row in zip(OUTPUTS, tokenize_dataset(path, tokenizer, 512)):
-        assert tokenizer.decode(row["input_ids"]) == alpaca_prompt("Say it") + output
-
-
-def test_a_token_across_prompt_and_response_is_not_used(tmp_path):
-    tokenizer = MergingTokenizer()
-    path = write_rows(tmp_path / "rows.json", ("Smile :)", ") :)"))
-    row = tokenize_dataset(path, tokenizer, 512)[0]
-    prompt = tokenizer.encode(alpaca_prompt("Smile :)"))
-    assert 258 in prompt
-    assert row["input_ids"] == [*prompt, *b") ", 258, tokenizer.eos_id]
-    assert learned(row) == [*b") ", 258, tokenizer.eos_id]
+        assert row["labels"] == [-100] * len(prompt_ids) + response
+        # No space that SentencePiece makes up stands between the two.
+        assert tokenizer.decode(row["input_ids"]) == prompt + output
 
 
 @pytest.mark.parametrize(("kind", "output"), [("sentencepiece", ":-)"), ("tiktoken", "\nnext")])
-def test_a_response_that_merges_with_the_prompt_is_encoded_alone(kind, output, request, tmp_path):
-    tokenizer = request.getfixturevalue(kind)
+def test_a_response_that_merges_with_the_prompt_is_encoded_alone(kind, output, tmp_path):
+    tokenizer = Tokenizer(TOKENIZERS[kind][0])
     prompt = alpaca_prompt("Say it")
     prompt_ids = tokenizer.encode(prompt, bos=True)
     merged = tokenizer.encode(prompt + output, bos=True)
     assert merged[: len(prompt_ids)] != prompt_ids  # else this test shows nothing
-    row = tokenize_dataset(write_rows(tmp_path / "rows.json", ("Say it", output)), tokenizer, 512)[
-        0
-    ]
+    (row,) = tokenized(write_rows(tmp_path / "rows.json", ("Say it", output)), tokenizer)
     alone = tokenizer.encode(output, bos=False, eos=True)
     assert row["input_ids"] == prompt_ids + alone
     assert learned(row) == alone
-
-
-def test_train_on_inputs_learns_the_prompt_too(tmp_path):
-    path = write_rows(tmp_path / "rows.json", ("a", "b"), ("c", "d", "e"))
-    masked = tokenize_dataset(path, ByteTokenizer(), 512)
-    dataset = tokenize_dataset(path, ByteTokenizer(), 512, train_on_inputs=True)
-    assert dataset["input_ids"] == masked["input_ids"]
-    for row in dataset:
-        assert row["labels"] == row["input_ids"]
 
 
 def test_a_tokenizer_without_bos_serves(tmp_path):
@@ -274,8 +209,7 @@ def test_a_tokenizer_without_bos_serves(tmp_path):
         def encode(self, s, *, bos=True, eos=False):
             return super().encode(s, bos=False, eos=eos)
 
-    path = write_rows(tmp_path / "rows.json", ("a", "b"))
-    row = tokenize_dataset(path, NoBos(), 512)[0]
+    (row,) = tokenized(write_rows(tmp_path / "rows.json", ("a", "b")), NoBos())
     assert row["input_ids"] == [*(alpaca_prompt("a") + "b").encode(), 257]
     assert learned(row) == [ord("b"), 257]
 
@@ -283,7 +217,7 @@ def test_a_tokenizer_without_bos_serves(tmp_path):
 # Length
 
 
-def test_long_rows_are_cut_and_counted_in_one_message(tmp_path):
+def test_long_rows_are_cut_and_counted_in_one_message(tmp_path, capsys):
     length = prompt_length("a") + 4
     path = write_rows(
         tmp_path / "rows.json",
@@ -295,386 +229,58 @@ def test_long_rows_are_cut_and_counted_in_one_message(tmp_path):
         ("aaaaa", "1"),  # the prompt fills all
         ("a" * 99, "1"),
     )
-    said = []
-    dataset = tokenize_dataset(path, ByteTokenizer(), length, say=said.append)
-    assert [bytes(learned(row)[:4]) for row in dataset if 257 not in row["labels"]] == [
-        b"1234",
-        b"1234",
-        b"12",
-        b"1",
-    ]
-    assert learned(dataset[0]) == [*b"123", 257]
-    assert all(len(row["input_ids"]) == len(row["labels"]) == length for row in dataset)
-    assert len(said) == 1
-    assert str(path) in said[0]
-    assert "cut 4 of 7 rows to max_seq_len" in said[0]
-    assert "left out 2 of 7 rows" in said[0]
-
-
-def test_train_on_inputs_cuts_and_leaves_out_the_same_rows(tmp_path):
-    path = write_rows(tmp_path / "rows.json", ("a", "12345"), ("a" * 99, "1"))
-    said = []
-    kwargs = {"say": said.append}
-    length = prompt_length("a") + 2
-    masked = tokenize_dataset(path, ByteTokenizer(), length, **kwargs)
-    dataset = tokenize_dataset(path, ByteTokenizer(), length, train_on_inputs=True, **kwargs)
-    assert len(dataset) == 1
-    assert dataset["input_ids"] == masked["input_ids"]
-    assert said[0] == said[1]
-
-
-def test_nothing_is_said_when_all_rows_fit(tmp_path, capfd):
-    path = write_rows(tmp_path / "rows.json", ("a", "b"))
-    said = []
-    tokenize_dataset(path, ByteTokenizer(), prompt_length("a") + 2, say=said.append)
-    assert said == []
-    tokenize_dataset(path, ByteTokenizer(), 512, cache_dir=tmp_path / "cache")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_message_goes_to_stderr(tmp_path, capfd):
-    path = write_rows(tmp_path / "rows.json", ("a", "bcd"))
-    tokenize_dataset(path, ByteTokenizer(), prompt_length("a") + 2)
-    out, err = capfd.readouterr()
+    rows = tokenized(path, max_seq_len=length)
+    assert learned(rows[0]) == [*b"123", 257]
+    assert [bytes(learned(row)) for row in rows[1:]] == [b"1234", b"1234", b"12", b"1"]
+    assert all(len(row["input_ids"]) == len(row["labels"]) == length for row in rows)
+    out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 1
-    assert "cut 1 of 1 rows" in err
+    assert err == (
+        f"{path}: cut 4 of 7 rows to max_seq_len {length}; left out 2 of 7 rows whose prompt alone "
+        f"fills max_seq_len {length}\n"
+    )
+    whole = tokenized(path, max_seq_len=length, train_on_inputs=True)
+    assert [row["input_ids"] for row in whole] == [row["input_ids"] for row in rows]
+    assert all(row["labels"] == row["input_ids"] for row in whole)
+    assert capsys.readouterr().err == err
 
 
 def test_no_row_left_is_an_error_that_tells_the_lengths(tmp_path):
     path = write_rows(tmp_path / "rows.json", ("aaa", "b"), ("a", "b"))
     shortest = prompt_length("a")
-    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
-        tokenize_dataset(path, ByteTokenizer(), shortest, cache_dir=tmp_path / "cache")
-    assert f"--max_seq_len {shortest}" in str(error.value)
-    assert f"{shortest} tokens" in str(error.value)
-    assert not (tmp_path / "cache").exists()
-    assert len(tokenize_dataset(path, ByteTokenizer(), shortest + 1, say=str)) == 1
+    message = f"{path}: .* --max_seq_len {shortest}: .* {shortest} tokens"
+    with pytest.raises(ValueError, match=message):
+        tokenized(path, max_seq_len=shortest)
+    assert len(tokenized(path, max_seq_len=shortest + 1)) == 1
 
 
-# Cache
+# Split and batches
 
 
-@pytest.fixture
-def cached(tmp_path):
-    """A file whose rows are cut, and a cache that holds them: call it to tokenise once more."""
-    path = write_rows(tmp_path / "rows.json", ("a", "bcdef"), ("c", "d", "e"))
-    length = prompt_length("c", "e") + 1
-
-    def tokenize(tokenizer=None, max_seq_len=length, **kwargs):
-        tokenizer = tokenizer or ByteTokenizer()
-        said = []
-        kwargs = {"cache_dir": tmp_path / "cache", "say": said.append} | kwargs
-        dataset = tokenize_dataset(path, tokenizer, max_seq_len, **kwargs)
-        return dataset, tokenizer.calls, said
-
-    tokenize.path = path
-    tokenize.folder = tmp_path / "cache"
-    tokenize.first = tokenize()
-    return tokenize
-
-
-PROBES = 1  # encode calls that it takes to know a tokenizer
-
-
-def test_a_second_call_does_not_tokenise(cached):
-    dataset, calls, said = cached()
-    first, first_calls, first_said = cached.first
-    assert first_calls > PROBES
-    assert calls == PROBES
-    assert dataset.to_list() == first.to_list()
-    assert dataset.features == first.features
-    assert said == first_said  # the rows are still cut, so it is still said
-    assert len(said) == 1
-
-
-def test_without_cache_dir_nothing_is_kept(tmp_path, monkeypatch, cached):
-    monkeypatch.chdir(tmp_path)
-    before = files_below(tmp_path)
-    dataset, calls, _ = cached(cache_dir=None)
-    assert calls == cached.first[1] - PROBES
-    assert dataset.to_list() == cached.first[0].to_list()
-    assert files_below(tmp_path) == before
-
-
-def test_a_cache_hit_does_not_read_the_rows(cached, monkeypatch):
-    monkeypatch.setattr(data, "_parse_rows", None)
-    assert cached()[0].to_list() == cached.first[0].to_list()
-
-
-def test_the_cache_follows_content_not_name_or_time(cached):
-    moved = cached.path.rename(cached.path.with_name("other.json"))
-    tokenizer = ByteTokenizer()
-    tokenize_dataset(
-        moved, tokenizer, prompt_length("c", "e") + 1, cache_dir=cached.folder, say=str
-    )
-    assert tokenizer.calls == PROBES
-
-
-class OtherBytes(ByteTokenizer):
-    def encode(self, s, *, bos=True, eos=False):
-        return [i ^ 1 if i < 256 else i for i in super().encode(s, bos=bos, eos=eos)]
-
-
-class OtherBos(ByteTokenizer):
-    bos_id = 258
-
-
-class OtherEos(ByteTokenizer):
-    eos_id = 258
-
-
-class OtherSize(ByteTokenizer):
-    n_words = 300
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"tokenizer": OtherBytes},
-        {"tokenizer": OtherBos},
-        {"tokenizer": OtherEos},
-        {"tokenizer": OtherSize},
-        {"max_seq_len": 512},
-        {"train_on_inputs": True},
-        {"cut": True},
-        {"version": True},
-    ],
-    ids=["ids", "bos_id", "eos_id", "n_words", "max_seq_len", "train_on_inputs", "file", "version"],
-)
-def test_whatever_changes_the_tokens_makes_a_new_entry(cached, change, monkeypatch):
-    if change.pop("cut", False):
-        write_rows(cached.path, ("a", "bcdef"))
-    if change.pop("version", False):
-        monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1)
-    tokenizer = change.pop("tokenizer", ByteTokenizer)
-    dataset, calls, _ = cached(tokenizer(), **change)
-    assert calls > PROBES
-    assert dataset.to_list() == cached(tokenizer(), cache_dir=None, **change)[0].to_list()
-    assert len(list(cached.folder.iterdir())) == 2
-    assert cached()[0].column_names == ["input_ids", "labels"]
-
-
-def damage(folder: Path, how: str) -> None:
-    (arrow,) = folder.glob("*.arrow")
-    content = bytearray(arrow.read_bytes())
-    if how == "arrow missing":
-        arrow.unlink()
-    elif how == "arrow cut short":
-        arrow.write_bytes(content[: len(content) // 2])
-    elif how == "arrow emptied":
-        arrow.write_bytes(b"")
-    elif how == "one bit of a token":
-        content[len(content) // 2] ^= 1
-        arrow.write_bytes(content)
-    elif how == "manifest missing":
-        (folder / data.CACHE_MANIFEST).unlink()
-    elif how == "manifest not JSON":
-        (folder / data.CACHE_MANIFEST).write_text("{")
-    elif how == "manifest a list":
-        (folder / data.CACHE_MANIFEST).write_text("[]")
-    elif how == "info missing":
-        (folder / "dataset_info.json").unlink()
-    elif how == "empty folder":
-        for path in folder.iterdir():
-            path.unlink()
-    elif how == "a file":
-        damage(folder, "empty folder")
-        folder.rmdir()
-        folder.write_text("x")
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "arrow missing",
-        "arrow cut short",
-        "arrow emptied",
-        "one bit of a token",
-        "manifest missing",
-        "manifest not JSON",
-        "manifest a list",
-        "info missing",
-        "empty folder",
-        "a file",
-    ],
-)
-def test_a_damaged_cache_is_made_again(cached, how):
-    expected = cached(cache_dir=None)[0].to_list()
-    (folder,) = cached.folder.iterdir()
-    damage(folder, how)
-    dataset, calls, said = cached()
-    assert calls == cached.first[1]
-    assert dataset.to_list() == expected
-    assert said == cached.first[2]
-    assert list(cached.folder.iterdir()) == [folder]
-    assert cached()[1] == PROBES
-
-
-def test_a_file_that_the_library_adds_is_no_damage(cached):
-    (folder,) = cached.folder.iterdir()
-    cached()[0].map(lambda row: {"length": len(row["labels"])})
-    assert len(list(folder.glob("*.arrow"))) == 2  # map() keeps its result there
-    assert cached()[1] == PROBES
-
-
-def test_a_failed_write_leaves_no_trace(cached, monkeypatch):
-    import datasets
-
-    def fail(self, path):
-        Path(path).mkdir()
-        raise OSError(28, "No space left on device", path)
-
-    before = files_below(cached.folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets.Dataset, "save_to_disk", fail)
-        with pytest.raises(OSError, match="No space left"):
-            cached(max_seq_len=512)
-    assert files_below(cached.folder) == before
-    assert len(list(cached.folder.iterdir())) == 1
-    assert len(cached(max_seq_len=512)[0]) == 2
-
-
-def test_the_slower_of_two_processes_leaves_the_entry_of_the_faster(cached, tmp_path, monkeypatch):
-    (folder,) = cached.folder.iterdir()
-    before = files_below(folder)
-    dataset, notice = cached.first[0], "slower"
-    data._save_cached(dataset, notice, folder)
-    assert files_below(folder) == before
-    assert list(cached.folder.iterdir()) == [folder]
-
-
-def tokenize_together(path, cache_dir, max_seq_len, barrier, results):
-    tokenizer = ByteTokenizer()
-    said = []
-    for _ in range(4):
-        barrier.wait(60)
-        dataset = tokenize_dataset(
-            path, tokenizer, max_seq_len, cache_dir=cache_dir, say=said.append
-        )
-    results.put((dataset.to_list(), len(said), tokenizer.calls))
-
-
-@pytest.mark.parametrize("damaged", [False, True], ids=["new", "damaged"])
-def test_processes_that_tokenise_at_once_agree(cached, tmp_path, damaged):
-    folder = cached.folder if damaged else tmp_path / "new"
-    if damaged:
-        (entry,) = folder.iterdir()
-        damage(entry, "one bit of a token")
-    # fork: torch and datasets are loaded, so that all are ready within milliseconds
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(4), context.Queue()
-    args = (cached.path, folder, prompt_length("c", "e") + 1, barrier, results)
-    workers = [context.Process(target=tokenize_together, args=args) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    answers = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    expected = cached(cache_dir=None)[0].to_list()
-    assert all(rows == expected and said == 4 for rows, said, _ in answers)
-    assert len(list(folder.iterdir())) == 1
-    assert cached(cache_dir=folder)[1] == PROBES
-
-
-def test_progress_bars_are_as_they_were(cached):
-    import datasets
-
-    assert not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        cached(max_seq_len=512)
-        assert datasets.are_progress_bars_disabled()
-    finally:
-        datasets.enable_progress_bars()
-
-
-def test_without_the_package_the_error_names_it(tmp_path):
-    """Our folder of JSON files makes `import datasets` succeed."""
-    path = write_rows(tmp_path / "rows.json", ("a", "b"))
-    code = f"""
-import sys
-class Absent:  # finds our folder alone, as if nothing were installed under that name
-    def find_spec(self, name, path=None, target=None):
-        if name == "datasets":
-            from importlib.machinery import PathFinder
-            return PathFinder.find_spec(name, [{str(REPO)!r}])
-sys.meta_path.insert(0, Absent())
-import datasets
-from llama.data import alpaca_prompt, load_instructions, tokenize_dataset
-print(datasets.__path__, alpaca_prompt("x")[-9:], load_instructions({str(path)!r}))
-tokenize_dataset({str(path)!r}, None, 1)
-"""
-    env = os.environ | {"PYTHONPATH": str(REPO)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env
-    )
-    assert str(REPO / "datasets") in result.stdout
-    assert "esponse:" in result.stdout
-    assert result.stderr.splitlines()[-1].startswith("ImportError: ")
-    assert "pip install datasets" in result.stderr.splitlines()[-1]
-
-
-# Split
-
-
-@pytest.fixture
-def numbered(tmp_path):
-    """A cached dataset of 20 rows, the row's number being its response."""
-    path = write_rows(tmp_path / "rows.json", *(("a", chr(65 + i)) for i in range(20)))
-    return tokenize_dataset(path, ByteTokenizer(), 512, cache_dir=tmp_path / "cache")
-
-
-def numbers(dataset) -> list[int]:
-    return [learned(row)[0] - 65 for row in dataset]
-
-
-def test_a_split_takes_every_row_once(numbered):
-    train, held_out = split_dataset(numbered, 6, seed=1)
+def test_a_split_takes_every_row_once_and_depends_on_the_seed_alone():
+    rows = list(range(20))
+    train, held_out = split_dataset(rows, 6, seed=1)
     assert len(held_out) == 6
-    assert sorted(numbers(train) + numbers(held_out)) == list(range(20))
-    assert numbers(held_out) not in (list(range(6)), list(range(14, 20)))
-
-
-def test_a_split_depends_on_the_seed_alone(numbered):
-    first = [numbers(part) for part in split_dataset(numbered, 6, seed=1)]
+    assert sorted(train + held_out) == rows
+    assert held_out not in (rows[:6], rows[14:])
     torch.manual_seed(5)
-    assert [numbers(part) for part in split_dataset(numbered, 6, seed=1)] == first
-    assert [numbers(part) for part in split_dataset(numbered, 6, seed=2)] != first
-
-
-def test_a_split_writes_nothing_beside_the_cache(numbered, tmp_path):
-    before = files_below(tmp_path)
-    for part in split_dataset(numbered, 6, seed=1):
-        numbers(part)
-    assert files_below(tmp_path) == before
-
-
-def test_without_validation_rows_all_are_trained_on(numbered):
-    train, held_out = split_dataset(numbered, 0, seed=1)
-    assert numbers(train) == list(range(20))
-    assert held_out is None
+    assert split_dataset(rows, 6, seed=1) == (train, held_out)
+    assert split_dataset(rows, 6, seed=2) != (train, held_out)
+    assert split_dataset(rows, 0, seed=1) == (rows, None)
 
 
 @pytest.mark.parametrize("val_set_size", [-1, 20, 21])
-def test_a_split_that_leaves_nothing_is_an_error(numbered, val_set_size):
+def test_a_split_that_leaves_nothing_is_an_error(val_set_size):
     with pytest.raises(ValueError, match=f"val_set_size {val_set_size} .* 20 rows"):
-        split_dataset(numbered, val_set_size, seed=1)
-    assert len(split_dataset(numbered, 19, seed=1)[0]) == 1
-
-
-# Batches
+        split_dataset(list(range(20)), val_set_size, seed=1)
+    assert len(split_dataset(list(range(20)), 19, seed=1)[0]) == 1
 
 
 def test_a_batch_is_padded_on_the_right_to_its_longest_row():
-    batch = Collator(pad_id=9)(
-        [
-            {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
-            {"input_ids": [4], "labels": [4]},
-            {"input_ids": [9, 9], "labels": [9, 9]},  # an id that is also used to pad
-        ]
-    )
+    rows = [([1, 2, 3], [-100, 2, 3]), ([4], [4]), ([9, 9], [9, 9])]  # 9 is also used to pad
+    names = ("input_ids", "labels")
+    rows = [dict(zip(names, torch.tensor(row, dtype=torch.int32))) for row in rows]
+    batch = Collator(pad_id=9)(rows)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 9, 9], [9, 9, 9]],
         "attention_mask": [[1, 1, 1], [1, 0, 0], [1, 1, 0]],
@@ -683,25 +289,12 @@ def test_a_batch_is_padded_on_the_right_to_its_longest_row():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_a_batch_can_be_made_of_a_datasets_rows(tmp_path):
-    path = write_rows(tmp_path / "rows.json", ("a", "bcd"), ("ab", ""))
-    dataset = tokenize_dataset(path, ByteTokenizer(), 512, cache_dir=tmp_path / "cache")
-    batch = Collator(pad_id=0)(list(dataset))
-    for row, ids, mask, labels in zip(dataset, *batch.values()):
-        n = len(row["input_ids"])
-        assert ids.tolist() == row["input_ids"] + [0] * (ids.numel() - n)
-        assert mask.tolist() == [1] * n + [0] * (ids.numel() - n)
-        assert labels.tolist() == row["labels"] + [-100] * (ids.numel() - n)
-
-
 # The data of this repository
 
 SKELETON = re.compile(r"In short: ([^\n]+)\nWhy: ([^\n]+)\nTry this: ([^\n]+)")
 UNSEEN = (  # asked before and after tuning
-    "Give three tips for staying healthy",
-    "What causes rain?",
-    "How do I learn to cook?",
-    "Why is sleep important?",
+    *("give three tips for staying healthy", "what causes rain"),
+    *("how do i learn to cook", "why is sleep important"),
 )
 
 
@@ -722,38 +315,29 @@ def test_every_short_answer_obeys_the_skeleton(short_answers):
 
 def test_short_answers_are_many_and_all_different(short_answers):
     assert len(short_answers) >= 200
-    assert sum(bool(row["input"]) for row in short_answers) >= 20
+    n_inputs = sum(bool(row["input"]) for row in short_answers)
+    assert n_inputs >= 20
     instructions = Counter(re.sub(r"\W+", " ", r["instruction"].lower()) for r in short_answers)
     assert instructions.most_common(1)[0][1] == 1
     lines = Counter(line for row in short_answers for line in row["output"].split("\n"))
     assert lines.most_common(1)[0][1] == 1
+    readme = (REPO / "datasets" / "README.md").read_text(encoding="utf-8")
+    assert f"{len(short_answers)}, of which {n_inputs} with an input" in readme
 
 
 def test_short_answers_leave_the_demos_questions_unseen(short_answers):
     seen = " ".join(row["instruction"].lower() for row in short_answers)
-    for question in UNSEEN:
-        assert question.lower().rstrip("?") not in seen
+    assert not [question for question in UNSEEN if question in seen]
 
 
-def test_short_answers_file_is_in_its_plain_form():
+def test_short_answers_file_is_in_its_plain_form_in_a_folder_that_is_no_package():
     text = SHORT_ANSWERS.read_text(encoding="utf-8")
     rows = json.loads(text)
     assert all(list(row) == ["instruction", "input", "output"] for row in rows)
     assert text == json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-
-
-def test_readme_counts_the_rows(short_answers):
-    readme = (REPO / "datasets" / "README.md").read_text(encoding="utf-8")
-    n_inputs = sum(bool(row["input"]) for row in short_answers)
-    assert f"{len(short_answers)}, of which {n_inputs} with an input" in readme
-
-
-def test_short_answers_fit_the_usual_length(short_answers, sentencepiece):
-    said = []
-    dataset = tokenize_dataset(SHORT_ANSWERS, sentencepiece, 256, say=said.append)
-    assert said == []
-    assert len(dataset) == len(short_answers)
-
-
-def test_the_folder_datasets_is_no_package():
     assert not (REPO / "datasets" / "__init__.py").exists()
+
+
+def test_short_answers_fit_the_usual_length(short_answers, tokenizer, capsys):
+    assert len(tokenized(SHORT_ANSWERS, tokenizer, 256)) == len(short_answers)
+    assert capsys.readouterr().err == ""

@@ -1,5 +1,6 @@
 """What LLaMA.generate promises, on tiny random models with real tokenizers."""
 
+import programs
 import pytest
 import torch
 from conftest import TOKENIZERS, hf_model, make_ckpt, make_params
@@ -32,19 +33,6 @@ def test_greedy_equals_hugging_face(tmp_path, kind, n_kv_heads):
         assert output.token == [token for token in expected if token not in stop_ids]
 
 
-RANKS_CODE = """
-import json
-from llama import LLaMA, parallel
-tokens = []
-for ckpt_dir, tokenizer_path in models:
-    llama = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len=64)
-    outputs = llama.generate(prompts, max_gen_len=16, temperature=0)
-    tokens.append([output.token for output in outputs])
-if parallel.rank() == 0:
-    print(json.dumps(tokens))
-"""
-
-
 @pytest.mark.parametrize("n", [2, 4])
 def test_greedy_on_ranks_equals_one_rank(tmp_path, on_ranks, n):
     models, expected = [], []
@@ -56,7 +44,8 @@ def test_greedy_on_ranks_equals_one_rank(tmp_path, on_ranks, n):
             alone = LLaMA.build(ckpt_dir, path, max_seq_len=64)  # held to Hugging Face above
             outputs = alone.generate(PROMPTS, max_gen_len=16, temperature=0)
             expected.append([output.token for output in outputs])
-    assert on_ranks(n, RANKS_CODE, models=models, prompts=PROMPTS) == expected
+    found = on_ranks(n, programs.greedy_tokens, models=models, prompts=PROMPTS, max_gen_len=16)
+    assert found == expected
 
 
 @pytest.mark.parametrize("max_batch_size", [32, 3])
@@ -107,25 +96,12 @@ def test_the_coldest_temperature_is_greedy(tmp_path):
     assert llama.generate(PROMPTS, max_gen_len=12, temperature=1e-40, top_p=1.0) == greedy
 
 
-LOAD_CODE = """
-import json
-from llama import parallel
-watch = parallel.MemoryWatch(interval=0.001)
-from llama.checkpoint import Checkpoint
-from llama.generation import load_model
-model = load_model(Checkpoint(ckpt_dir), parallel.setup())
-peaks = parallel.gather_objects(watch.peak)
-if parallel.rank() == 0:
-    print(json.dumps(peaks))
-"""
-
-
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (1, 2), (2, 1)])
 def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks, m, n):
     size = {"dim": 1024, "n_layers": 3, "multiple_of": 256, "vocab_size": 32000}  # 416 MB
     ckpt_dir = make_ckpt(tmp_path / "ckpt", n=m, **size)
     share = sum(path.stat().st_size for path in ckpt_dir.glob("*.pth")) / n
-    peaks = on_ranks(n, LOAD_CODE, ckpt_dir=str(ckpt_dir))
+    peaks = on_ranks(n, programs.peak_memory, ckpt_dir=str(ckpt_dir))
     # Mapped, or copied once where the cut takes rows apart; importing torch alone takes 150 MB.
     assert max(peaks) < (0 if m == n else share) + 300e6
 

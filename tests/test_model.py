@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import hf_model, make_ckpt, make_params, random_source
 
 from llama import parallel
-from llama.checkpoint import Checkpoint
+from llama.checkpoint.folder import Checkpoint
 from llama.generation import load_model
 from llama.model import KVCache, ModelArgs
 
@@ -81,60 +82,20 @@ def test_building_and_loading_copy_no_weight(tmp_path):
     assert str(tmp_path / "ckpt" / "fs_consolidated.00.pth") in Path("/proc/self/maps").read_text()
 
 
-RANK_CODE = """
-import json, torch
-from llama import parallel
-from llama.checkpoint import Checkpoint
-from llama.generation import load_model
-model = load_model(Checkpoint(ckpt_dir), parallel.setup())
-ids = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(1))
-with torch.inference_mode():
-    logits = model(ids)
-same = parallel.gather_objects(logits.double().sum().item())
-assert len(set(same)) == 1, same
-if parallel.rank() == 0:
-    print(json.dumps(logits.tolist()))
-"""
-
-
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("n_kv_heads", [8, 2])  # with n = 4, each KV head is on two ranks
-def test_ranks_give_the_logits_of_hugging_face(tmp_path, on_ranks, n, n_kv_heads):
-    changes = {"vocab_size": 512, "n_kv_heads": n_kv_heads}
-    ckpt_dir = str(make_ckpt(tmp_path / "ckpt", n=n, **changes))
-    logits = torch.tensor(on_ranks(n, RANK_CODE, ckpt_dir=ckpt_dir))
-    expected = hf_model(random_source(make_params(**changes)))(token_ids(2, 40)).logits
-    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
-
-
-COUNT_CODE = """
-import json, torch
-import torch.distributed as dist
-from llama import parallel
-from llama.checkpoint import Checkpoint
-from llama.generation import choose, load_model
-from llama.model import KVCache
-calls = []
-for name in ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "gather", "reduce"):
-    def counted(*args, _real=getattr(dist, name), _name=name, **kwargs):
-        calls.append(_name)
-        return _real(*args, **kwargs)
-    setattr(dist, name, counted)
-device = parallel.setup()
-model = load_model(Checkpoint(ckpt_dir), device)
-cache = KVCache(model, 1, 8)
-calls.clear()
-with torch.inference_mode():
-    h = model.hidden_states(torch.tensor([[3]]), cache=cache, start_pos=[0])
-    choose(model.gather_logits(h[:, -1]), 0, 1.0, torch.Generator())
-if parallel.rank() == 0:
-    print(json.dumps(calls))
-"""
+def test_ranks_give_the_logits_of_hugging_face(tmp_path, on_ranks, n):
+    models = [{"vocab_size": 512, "n_kv_heads": heads} for heads in (8, 2)]  # fewer than 4 ranks
+    folders = [make_ckpt(tmp_path / f"{i}", n=n, **changes) for i, changes in enumerate(models)]
+    ids = token_ids(2, 40)
+    found = on_ranks(n, programs.logits, folders=list(map(str, folders)), ids=ids.tolist())
+    for logits, changes in zip(found, models):
+        expected = hf_model(random_source(make_params(**changes)))(ids).logits
+        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-3, rtol=0)
 
 
 def test_one_step_takes_two_collectives_a_layer_and_three_more(tmp_path, on_ranks):
     ckpt_dir = str(make_ckpt(tmp_path / "ckpt", n=2, vocab_size=512))
-    calls = on_ranks(2, COUNT_CODE, ckpt_dir=ckpt_dir)
+    calls = on_ranks(2, programs.collectives_of_a_step, ckpt_dir=ckpt_dir)
     # embedding, two a layer, logits, token; what the layers sum is gathered (see sum_over_ranks)
     assert calls == ["all_gather"] * (1 + 2 * 2 + 1) + ["broadcast"]
 

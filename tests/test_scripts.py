@@ -7,21 +7,6 @@ from conftest import TOKENIZERS, make_ckpt, run_script
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["split_model.py", "convert_model.py", "example.py", "example_ft.py", "ft_main.py"],
-)
-def test_help_reads_well(script):
-    result = run_script(script, "--help")
-    assert result.returncode == 0
-    assert "--dtype=DTYPE" in result.stdout
-    assert "float32, bfloat16 or float16" in result.stdout  # what a flag means, not its name alone
-    for unwanted in ("FIRE", "POSITIONAL", "Optional", ", --"):
-        assert unwanted not in result.stdout
-    assert "from_" not in result.stdout.lower()
-    assert result.stderr == ""
-
-
 def test_split_then_the_same_text_from_one_rank_and_two(tmp_path):
     ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=VOCAB_SIZE, n_kv_heads=2)
     result = run_script("split_model.py", "--ckpt_dir", ckpt_dir, "--n", 2)
@@ -81,34 +66,6 @@ def test_what_the_user_got_wrong_is_one_line(tmp_path, flags, message):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--ckptdir", "x", "--tokenizer_path", "y"],
-            "no flag --ckptdir; did you mean --ckpt_dir?",
-        ),
-        (["--ckpt_dir", "x", "--tokenizer_path", "y", "word"], "no flag word; see --help"),
-        (["--ckpt_dir", "x"], "--tokenizer_path is needed"),
-        (["--tokenizer_path", "y", "--ckpt_dir"], "--ckpt_dir needs a value"),
-        (["--ckpt_dir", "--tokenizer_path", "y"], "--ckpt_dir needs a value"),
-    ],
-)
-def test_a_mistake_in_the_flags_is_one_line(flags, message):
-    result = run_script("example.py", *flags)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_a_mistyped_flag_is_answered_once_before_any_work():
-    result = run_script("example.py", "--ckptdir", "x", "--tokenizer_path", "y", n=2)
-    assert result.returncode == 1
-    assert result.stderr.count("error: no flag --ckptdir") == 1
-    assert result.stdout == ""
-
-
 def pickle_that_runs_code(folder):
     class RunsCode:
         def __reduce__(self):
@@ -142,12 +99,3 @@ def test_a_bad_folder_or_n_is_one_line_and_leaves_nothing(tmp_path, flags, damag
     assert result.stderr.count("\n") == 1
     assert "this code ran" not in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
-
-
-def test_a_text_flag_is_taken_as_it_is_written(tmp_path):
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=512)
-    for name in ("1.10", "one, two"):
-        out = run_script("split_model.py", "--ckpt_dir", ckpt_dir, "--n", 2, "--out_dir",
-                         name, cwd=tmp_path)  # fmt: skip
-        assert out.returncode == 0, out.stderr
-        assert (tmp_path / name / "params.json").is_file()

@@ -14,18 +14,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
-from conftest import make_ckpt, make_params, run_script
+from conftest import make_ckpt, make_params, run_program, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_source
 
 from llama import parallel
-from llama.checkpoint import Checkpoint, compare
+from llama.checkpoint.folder import Checkpoint, compare
+from llama.checkpoint.weights import valid_shard_counts
+from llama.checkpoint.write import plan, write_checkpoint
 from llama.generation import load_model
 from llama.model import ModelArgs
-from llama.reshard import plan, write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -57,7 +59,7 @@ def cut_by_vocabulary(folder: Path) -> None:
 
 
 def reshard(folder: Path, out: Path, n: int, dtype: torch.dtype | None = None) -> Path:
-    write_checkpoint(Checkpoint(folder).source(), out, n, dtype)
+    write_checkpoint(Checkpoint(folder), out, n, dtype)
     return out
 
 
@@ -68,7 +70,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 @settings(max_examples=40, deadline=None)
 @given(models(), st.sampled_from(DTYPES), st.booleans(), st.data())
 def test_m_to_n_to_m_and_merging_are_bit_equal(params, dtype, by_vocabulary, data):
-    counts = ModelArgs.from_params(params).valid_shard_counts()
+    counts = valid_shard_counts(ModelArgs.from_params(params))
     m, n = (data.draw(st.sampled_from(counts)) for _ in range(2))
     source = random_source(params, dtype)
     with tempfile.TemporaryDirectory() as name:
@@ -107,21 +109,6 @@ def test_more_than_a_hundred_shards_keep_their_order(tmp_path):
     assert file_hashes(reshard(tmp_path / "128", tmp_path / "merged", 1)) == file_hashes(one)
 
 
-RANKS_CODE = """
-import torch
-from llama import parallel
-from llama.checkpoint import Checkpoint
-from llama.generation import load_model
-ids = torch.arange(12).view(2, 6)
-for folder in folders:
-    model = load_model(Checkpoint(folder), parallel.setup())
-    with torch.inference_mode():
-        logits = model(ids)
-    if parallel.rank() == 0:
-        torch.save(logits, folder + ".logits")
-"""
-
-
 @pytest.mark.parametrize("n", [2, 4])
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(st.lists(models(), min_size=8, max_size=8), st.randoms(use_true_random=False))
@@ -129,22 +116,19 @@ def test_n_ranks_on_any_number_of_shards_give_the_logits_of_one(n, cases, choose
     with tempfile.TemporaryDirectory() as name:
         folders = []
         for i, params in enumerate(cases):
-            counts = ModelArgs.from_params(params).valid_shard_counts()
+            counts = valid_shard_counts(ModelArgs.from_params(params))
             m = n if i % 2 else choose.choice(counts)  # ready cut, or cut while loading
             folders.append(f"{name}/{i}")
             write_checkpoint(random_source(params), folders[-1], m)
             if m > 1 and choose.random() < 0.5:
                 cut_by_vocabulary(Path(folders[-1]))
-        script = Path(name) / "ranks.py"
-        script.write_text(f"folders = {folders!r}\n{RANKS_CODE}")
-        result = run_script(script, n=n)
+        ids = torch.arange(12).view(2, 6)
+        result = run_program(Path(name), n, programs.logits, folders=folders, ids=ids.tolist())
         assert result.returncode == 0, result.stderr[-3000:]
-        for folder in folders:
+        for folder, found in zip(folders, json.loads(result.stdout)):
             model = load_model(Checkpoint(folder), parallel.setup())
             with torch.inference_mode():
-                alone = model(torch.arange(12).view(2, 6))
-            found = torch.load(f"{folder}.logits")
-            torch.testing.assert_close(found, alone, atol=1e-3, rtol=1e-4)
+                torch.testing.assert_close(torch.tensor(found), model(ids), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,10 +191,10 @@ def test_a_failed_write_leaves_nothing_and_no_parent_folders(tmp_path):
     source = random_source(make_params(vocab_size=512))
     read = source.read
 
-    def failing(name):
+    def failing(name, *rows):
         if name == "norm.weight":
             raise OSError("no space left")
-        return read(name)
+        return read(name, *rows)
 
     source.read = failing
     with pytest.raises(OSError, match="no space left"):

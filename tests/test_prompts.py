@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from llama.demo import PROMPTS, read_prompts
+from llama.prompts import read_prompts
 
 
 def test_without_a_file_the_six_known_prompts_run():
-    assert read_prompts(None) == PROMPTS
-    assert len(PROMPTS) == 6
+    prompts = read_prompts(None)
+    assert len(prompts) == 6
+    assert prompts[0] == "I believe the meaning of life is"
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):

@@ -1,0 +1,340 @@
+"""A checkpoint folder in Meta's format: open and check it, read any part of it, verify it all."""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from llama import parallel
+from llama.checkpoint import manifest
+from llama.checkpoint.manifest import Manifest
+from llama.checkpoint.weights import (
+    EMBEDDING,
+    OUTPUT,
+    Cut,
+    Source,
+    check_layers,
+    check_shapes,
+    check_shard_count,
+    cut_of,
+    valid_shard_counts,
+)
+from llama.cli import byte_bar, counted, first_few, say, shown
+from llama.files import bytes_of, load_plain, naming, read_json, sha256_of
+from llama.model import ModelArgs
+from llama.options import DTYPES
+
+SURPLUS = "rope.freqs"  # in Meta's files, in Llama 1's once a layer; recomputed, so not read
+CHECKLIST = "checklist.chk"  # Meta's own: lines of an MD5 and a file's name
+
+
+class Checkpoint(Source):
+    """A folder with params.json and one file a shard, opened without reading the weights.
+
+    Shards are mapped into memory when first touched, and checked against params.json and, where
+    there is one, manifest.json. Raises FileNotFoundError and ValueError, naming the path, for
+    whatever is not such a folder.
+    """
+
+    def __init__(self, ckpt_dir: str | Path) -> None:
+        # What the folder says of itself: params.json, the shards' names, the manifest.
+        self.dir = Path(ckpt_dir)
+        params = _read_params(self.dir)
+        with naming(self.dir / "params.json"):
+            args = ModelArgs.from_params(params)
+        self.paths = _find_shards(self.dir)
+        self.n = len(self.paths)
+        self.manifest = Manifest.read(self.dir)
+        if self.manifest is not None:
+            self.manifest.check_files(self.dir, self.paths)
+            self.manifest.check_params(self.dir, args)
+
+        # What the first shard says. The others are opened when they are read.
+        first = load_shard(self.paths[0])
+        with naming(self.paths[0]):
+            check_layers(args, len(first))
+            for name in (EMBEDDING, OUTPUT):
+                if name not in first or first[name].dim() != 2 or not first[name].numel():
+                    raise ValueError(f"no matrix {name} in it")
+        if args.vocab_size == -1:
+            params["vocab_size"] = first[OUTPUT].shape[0] * self.n
+        self.dtypes = {name: weight.dtype for name, weight in first.items()}
+        # The one to which all can be widened without loss, where they differ.
+        dtype = functools.reduce(torch.promote_types, self.dtypes.values())
+        tokenizer = {path.name: path for path in self.dir.glob("tokenizer*") if path.is_file()}
+        super().__init__(params, dtype, tokenizer)
+
+        # Whether the two agree.
+        if self.n not in valid_shard_counts(self.args):
+            raise ValueError(
+                f"{self.dir}: {counted(self.n, 'shard')}, but the model in params.json cuts into "
+                f"{', '.join(map(str, valid_shard_counts(self.args)))} alone; is a shard missing?"
+            )
+        # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
+        by_vocabulary = (self.args.vocab_size // self.n, self.args.dim)
+        self._embedding_dim = int(tuple(first[EMBEDDING].shape) != by_vocabulary)
+        self._check_shard(0, first)
+        self._shards = {0: first}
+        if self.manifest is not None:
+            self.manifest.check_model(self.dir, self.args, self.dtypes)
+
+    def cut_here(self, name: str) -> Cut:
+        """How this folder's shards cut the weight, which for an embedding may be Meta's way."""
+        cut = cut_of(name, self.args, self.n)
+        return dataclasses.replace(cut, dim=self._embedding_dim) if name == EMBEDDING else cut
+
+    def shard(self, i: int) -> dict[str, torch.Tensor]:
+        """The mapped weights of shard i, names, shapes and dtypes checked."""
+        if i not in self._shards:
+            shard = load_shard(self.paths[i])
+            self._check_shard(i, shard)
+            self._shards[i] = shard
+        return self._shards[i]
+
+    def _check_shard(self, i: int, shard: dict[str, torch.Tensor]) -> None:
+        """Raise ValueError unless the shard holds what params.json says."""
+        wanted = {name: self.cut_here(name).shape(whole) for name, whole in self.shapes.items()}
+        with naming(self.paths[i]):
+            check_shapes({name: tuple(weight.shape) for name, weight in shard.items()}, wanted)
+            for name, weight in shard.items():
+                if str(weight.dtype).removeprefix("torch.") not in DTYPES:
+                    raise ValueError(f"{name} is {weight.dtype}, not one of {', '.join(DTYPES)}")
+                if weight.dtype != self.dtypes[name]:
+                    raise ValueError(
+                        f"{name} is {weight.dtype}, but {self.dtypes[name]} in "
+                        f"{self.paths[0].name}; are they shards of different checkpoints?"
+                    )
+
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start to stop of the whole weight.
+
+        A view of the mapped file where one shard holds them all, else a copy of just that range.
+        """
+        stop = self.shapes[name][dim] if stop is None else stop
+        cut = self.cut_here(name)
+        size = self.shapes[name][cut.dim] // cut.parts
+        found = []  # of each part what lies in the range
+        for part in range(cut.parts):
+            low, high = start, stop
+            if cut.dim == dim:  # counted from where the part begins, and at most all of it
+                low, high = max(start - part * size, 0), min(stop - part * size, size)
+            if low < high:
+                weight = self.shard(cut.first_shard_with(part))[name]
+                found.append(weight.narrow(dim, low, high - low))
+        return found[0] if len(found) == 1 else torch.cat(found, cut.dim)
+
+    def prepare(self, rank: int, n: int) -> None:
+        """Check by the manifest what rank of n ranks is going to read.
+
+        Raises ValueError for damage, and for an n into which the model does not cut.
+        """
+        parts = [(rank, name) for name in self.shapes]
+        if self.n != n:
+            check_shard_count(self.args, n, f"{self.dir}: with {n} ranks running, it")
+            say(
+                f"{self.dir}: {counted(self.n, 'shard')}, cut for {counted(n, 'rank')} while "
+                "loading; to save that work: "
+                f"python split_model.py --ckpt_dir {self.dir} --n {n}"
+            )
+            # Each rank reads of every shard: the ranks of a machine share the checking.
+            parts = [(i, name) for i in range(self.n) for name in self.shapes]
+            parts = parts[parallel.local_share()]
+        self._check_parts(parts)
+
+    def _check_parts(self, parts: Iterable[tuple[int, str]]) -> None:
+        """Raise ValueError if a shard's part of a weight is not what the manifest says."""
+        if self.manifest is not None:
+            with hash_threads() as pool:
+                for fault in pool.map(lambda part: self._fault(*part), parts):
+                    if fault:
+                        raise ValueError(fault)
+
+    def _fault(self, i: int, name: str) -> str | None:
+        """What is wrong with shard i's part of a weight: by the manifest, or beside its copies."""
+        path, weight = self.paths[i], self.shard(i)[name]
+        if self.manifest is None:
+            first = self.cut_here(name).first_shard_with(self.cut_here(name).part_in(i))
+            if i == first or torch.equal(weight, self.shard(first)[name]):
+                return None
+            return f"{path}: {name} differs from the copy in {self.paths[first].name}"
+        found = sha256_of(weight)
+        expected = {file: shard["sha256"][name] for file, shard in self.manifest.shards.items()}
+        if found == expected[path.name]:
+            return None
+        others = [file for file, sha256 in expected.items() if sha256 == found]
+        hint = f"; it is what {others[0]} should hold" if others else ""
+        return (
+            f"{path}: {name} is damaged: its SHA-256 is {found[:12]}…, but {manifest.NAME} says "
+            f"{shown(expected[path.name], 12)}{hint}; copy the file again"
+        )
+
+    def check(self, name: str, sha256: str) -> None:
+        """Raise ValueError if this is not the SHA-256 of the whole weight by the manifest.
+
+        The message names the damaged file.
+        """
+        if self.manifest is None or sha256 == self.manifest.weights[name]["sha256"]:
+            return
+        self._check_parts([(i, name) for i in range(self.n)])
+        raise ValueError(
+            f"{self.dir / manifest.NAME}: contradicts itself: the shards' parts of {name} are as "
+            "it says, and the whole is not"
+        )
+
+    def verify(self) -> dict[str, str]:
+        """Read every byte; return the SHA-256 of each whole weight, which does not depend on n.
+
+        Raises ValueError for damage, naming file and weight: what differs from the manifest or
+        from Meta's checklist.chk, or, in any folder, copies of one part that differ.
+        """
+        faults, hashes = self._checklist_faults(), {}
+        total = sum(path.stat().st_size for path in self.paths)
+        with hash_threads() as pool, byte_bar(total) as bar:
+            for name, (sha256, found) in zip(self.shapes, pool.map(self._verify, self.shapes)):
+                hashes[name] = sha256
+                faults += found
+                bar.update(total // len(self.shapes))
+        if faults:
+            raise ValueError(first_few(faults, "; ", longest=1000))
+        return hashes
+
+    def _verify(self, name: str) -> tuple[str, list[str]]:
+        """The SHA-256 of a whole weight, and what is wrong with it."""
+        faults = [fault for i in range(self.n) if (fault := self._fault(i, name))]
+        sha256 = whole_sha256(self, name)
+        if not faults:
+            try:
+                self.check(name, sha256)
+            except ValueError as error:
+                faults.append(str(error))
+        return sha256, faults
+
+    def _checklist_faults(self) -> list[str]:
+        """What Meta's checklist.chk finds wrong with the files, where it lies in the folder."""
+        if not (self.dir / CHECKLIST).is_file():
+            return []
+        faults = []
+        text = (self.dir / CHECKLIST).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
+            md5, _, name = line.partition(" ")
+            path = self.dir / Path(name.strip().removeprefix("*")).name
+            if not path.is_file():
+                faults.append(f"{path}: missing, though {CHECKLIST} lists it")
+            elif _md5_of(path) != md5.lower():
+                faults.append(f"{path}: its MD5 is not the one in {CHECKLIST}; copy it again")
+        return faults
+
+    def what_was_verified(self) -> str:
+        """Tell what a verify() that raised nothing has shown."""
+        held = f"{counted(self.n, 'shard')} and {len(self.shapes)} weights"
+        by = [file for file in (manifest.NAME, CHECKLIST) if (self.dir / file).is_file()]
+        if by:
+            return f"whole: {held} as in {' and '.join(by)}"
+        return (
+            f"{held} that fit together; without a {manifest.NAME} nothing tells whether the "
+            "numbers in them are the right ones"
+        )
+
+
+def hash_threads() -> ThreadPoolExecutor:
+    """As many threads as torch uses, up to where they would wait for memory and disk alone."""
+    return ThreadPoolExecutor(min(torch.get_num_threads(), 8))
+
+
+def whole_sha256(source: Source, name: str, dtype: torch.dtype | None = None) -> str:
+    """The SHA-256 of a whole weight, its rows in order; or of what it becomes in another dtype."""
+    total = hashlib.sha256()
+    for _, block in source.blocks(name):
+        total.update(bytes_of(block.to(dtype or block.dtype)))
+    return total.hexdigest()
+
+
+def _md5_of(path: Path) -> str:
+    total = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise ValueError, naming what differs, unless two folders hold the same model, whole.
+
+    Where their dtypes differ, b must hold what a's weights become in b's.
+    """
+    first, second = (dataclasses.asdict(ckpt.args) for ckpt in (a, b))
+    for args, facts in ((a.args, first), (b.args, second)):  # several values give one FFN size
+        del facts["multiple_of"], facts["ffn_dim_multiplier"]
+        facts["hidden_dim"] = args.hidden_dim
+    differing = [key for key in first if first[key] != second[key]]
+    if differing:
+        raise ValueError(f"{a.dir} and {b.dir}: different models ({', '.join(differing)})")
+    first, second = a.verify(), b.verify()
+    if a.dtypes != b.dtypes:
+        first = {name: whole_sha256(a, name, b.dtypes[name]) for name in first}
+    differing = [name for name in first if first[name] != second[name]]
+    if differing:
+        hint = f" ({a.dtype} and {b.dtype}: which was made from which?)" * (a.dtypes != b.dtypes)
+        raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}{hint}")
+
+
+def _read_params(ckpt_dir: Path) -> dict:
+    path = ckpt_dir / "params.json"
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"{ckpt_dir}: no such checkpoint folder; see ckpts/README.md")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format. A Hugging Face "
+            f"folder or GGUF file becomes one by: python convert_model.py --from PATH --out_dir DIR"
+        )
+    return read_json(path, 1 << 20)
+
+
+def _find_shards(ckpt_dir: Path) -> list[Path]:
+    """The shards of a folder in order; none may be missing, and none of another set be there."""
+    names = {path.name for path in ckpt_dir.iterdir()}
+    sets = {
+        prefix: {name for name in names if re.fullmatch(prefix + r"\.\d+\.pth", name)}
+        for prefix in ("consolidated", "fs_consolidated")
+    }
+    if all(sets.values()):
+        raise ValueError(
+            f"{ckpt_dir}: holds both consolidated.*.pth and fs_consolidated.*.pth; "
+            "move one of the two sets into a folder of its own, with a copy of params.json"
+        )
+    prefix, found = max(sets.items(), key=lambda item: len(item[1]))
+    if not found:
+        raise FileNotFoundError(
+            f"{ckpt_dir}: no shards in it (consolidated.*.pth or fs_consolidated.*.pth)"
+        )
+    paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(found))]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, though {max(found)} is there; copy it here too")
+    return paths
+
+
+def shard_name(i: int, prefix: str = "fs_consolidated") -> str:
+    """The file name of shard i."""
+    return f"{prefix}.{i:02d}.pth"
+
+
+def load_shard(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one .pth file, mapped into memory; no code in the file can run."""
+    shard = load_plain(path)
+    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
+        raise ValueError(f"{path}: not a checkpoint: it should be a dict of names and tensors")
+    shard = {name: weight for name, weight in shard.items() if not name.endswith(SURPLUS)}
+    for name, weight in shard.items():
+        # A tensor can claim more elements than it has bytes (stride 0): nothing may be sized by it.
+        plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
+        if not plain or weight.nbytes > weight.untyped_storage().nbytes():
+            raise ValueError(f"{path}: damaged: {shown(name)} is no tensor of the bytes it has")
+    return {name: weight.detach() for name, weight in shard.items()}

@@ -1,0 +1,170 @@
+"""Read a Hugging Face folder of a Llama model: config.json and safetensors."""
+
+import functools
+import reprlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llama.checkpoint.params import SIZES, check_values, positive, read_sizes, scaled_rope_params
+from llama.checkpoint.weights import (
+    EMBEDDING,
+    OUTPUT,
+    Source,
+    check_layers,
+    check_shapes,
+    kind_of,
+    meta_names,
+)
+from llama.cli import first_few
+from llama.files import naming, read_json
+from llama.model import ModelArgs
+
+if TYPE_CHECKING:
+    import transformers
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+# A buffer that old exports saved with the weights; it follows from the configuration.
+RECOMPUTED = "rotary_emb.inv_freq"
+# safetensors' names of the types that a checkpoint may hold.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class HFFolder(Source):
+    """A folder with config.json (model_type llama) and safetensors weights.
+
+    Opening it reads headers only. The rows of wq and wk come out in Meta's order (rotary pairs are
+    neighbours), a tied embedding as the output too.
+
+    Raises FileNotFoundError without config.json; ValueError, naming the values, for any model that
+    Meta's format cannot express and for missing, unexpected, misshapen or damaged weights.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        folder = Path(path)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder / CONFIG}: no such file; give a Hugging Face folder")
+        config = read_json(folder / CONFIG)
+        with naming(folder / CONFIG):
+            params = _params(config)
+            args = ModelArgs.from_params(params)
+        files = _open_weights(folder)
+        tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        with naming(folder):
+            names = meta_names("hf", [name for name in files if not name.endswith(RECOMPUTED)])
+            # An explicit "false" says that the two were trained apart: then one of them is lost.
+            if config.get("tie_word_embeddings", OUTPUT not in names) and EMBEDDING in names:
+                names[OUTPUT] = names[EMBEDDING]
+            check_layers(args, len(names))
+            self._slices = {name: files[hf].get_slice(hf) for name, hf in names.items()}
+            types = {name: weight.get_dtype() for name, weight in self._slices.items()}
+            check_values(types, dict.fromkeys(types, tuple(DTYPES)))
+            dtype = functools.reduce(torch.promote_types, {DTYPES[x] for x in types.values()})
+            super().__init__(params, dtype, {path.name: path.read_bytes() for path in tokenizer})
+            found = {name: tuple(weight.get_shape()) for name, weight in self._slices.items()}
+            check_shapes(found, self.shapes)
+
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start to stop of a weight; by default all of it."""
+        weight, head_dim = self._slices[name], self.args.head_dim
+        if not kind_of(name).rotary:
+            return weight[:, start:stop] if dim else weight[start:stop]
+        if dim:
+            return unpermute(weight[:, start:stop], head_dim)
+        # A row may come from anywhere in its head: read whole heads.
+        stop = self.shapes[name][0] if stop is None else stop
+        first = start // head_dim * head_dim
+        heads = unpermute(weight[first : -(-stop // head_dim) * head_dim], head_dim)
+        return heads[start - first : stop - first]
+
+
+def unpermute(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of whole heads (n * head_dim, dim) from Hugging Face's rotary order to Meta's.
+
+    A rotary pair is (i, i + head_dim/2) there and (2i, 2i + 1) here.
+    """
+    halves = weight.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def hf_config(args: ModelArgs, **options: object) -> "transformers.LlamaConfig":
+    """The configuration of Hugging Face's own model of the same shape."""
+    import transformers  # here, for it takes seconds, and reading a folder needs none of it
+
+    sizes = {size.hf: getattr(args, size.meta) for size in SIZES}
+    return transformers.LlamaConfig(**sizes, **options)
+
+
+def _params(config: dict) -> dict:
+    """What params.json says, from config.json."""
+    check_values(config, {"model_type": ("llama",)})
+    # The rotary embedding is an object of its own, called one way by transformers 5, one by 4.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters is {reprlib.repr(rope)}, not an object")
+    given = {key: value for key, value in (config | rope).items() if value is not None}
+    defaults = {
+        "num_key_value_heads": given.get("num_attention_heads"),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_type": given.get("type", "default"),  # the old name
+    }
+    config = defaults | given
+    params = read_sizes("hf", config)
+    accepted = {
+        "hidden_act": (None, "silu"),
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+        "quantization_config": (None,),
+        "head_dim": (None, params["dim"] // params["n_heads"]),
+        "partial_rotary_factor": (None, 1),
+        "rope_type": ("default", "llama3"),
+    }
+    check_values(config, accepted)
+    if config["rope_type"] == "default":
+        return params
+    check_values(config, {"low_freq_factor": (1,), "original_max_position_embeddings": (8192,)})
+    factor, high = positive(config, "factor"), positive(config, "high_freq_factor")
+    if high <= 1:
+        raise ValueError(f"high_freq_factor is {high}; it must be above low_freq_factor, 1")
+    return params | scaled_rope_params(factor, high)
+
+
+def _open_weights(folder: Path) -> dict[str, safe_open]:
+    """The open safetensors file that holds each weight, by the names in the folder."""
+    weights: dict[str, safe_open] = {}
+    for path in _weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}; download it again") from error
+        again = sorted(weights.keys() & file.keys())
+        if again:
+            raise ValueError(f"{path}: {first_few(again)} is in another file too; keep one of them")
+        weights |= dict.fromkeys(file.keys(), file)
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file of weights or, like transformers only without it, all that are numbered."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    number = "[0-9]" * 5
+    paths = sorted(folder.glob(f"model-{number}-of-{number}.safetensors"))
+    if not paths:
+        raise ValueError(
+            f"{folder}: no {WEIGHTS} in it; download it. Pickled weights (.bin), which can run "
+            "code when opened, are not read; make safetensors of them where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    total = paths[-1].stem[-5:]
+    names = [f"model-{i:05}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: {first_few(missing)} missing; download the folder again")
+    return paths

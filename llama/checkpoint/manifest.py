@@ -1,0 +1,124 @@
+"""manifest.json: what each weight and each shard of a folder holds, so that damage is noticed.
+
+It holds the SHA-256 of each whole weight, its rows in order, which does not depend on the number of
+shards; and of each shard its size and the SHA-256 of its part of every weight. A shard's bytes
+around the weights (a zip archive's headers, checksums and directory) are not hashed: what a reader
+takes from them shows in the weights' names, shapes and bytes, and the rest nobody reads.
+"""
+
+import dataclasses
+import os
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint.weights import weight_shapes
+from llama.cli import counted, first_few
+from llama.files import naming, read_json, write_json
+from llama.model import ModelArgs
+
+NAME = "manifest.json"
+FORMAT = 2
+WEIGHT, SHARD = {"shape": list, "dtype": str, "sha256": str}, {"size": int, "sha256": dict}
+LONGEST = 1 << 24  # bytes; a model of 80 layers in 16 shards takes 2 MB
+
+
+@dataclass
+class Manifest:
+    """What manifest.json says."""
+
+    params: dict  # as in params.json
+    weights: dict[str, dict]  # by name: shape, dtype, and sha256 of the whole
+    shards: dict[str, dict]  # by file: size, and sha256, that of each weight's part
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """Read the manifest of a folder; None if it has none, ValueError if it cannot be one."""
+        path = folder / NAME
+        if not os.path.lexists(path):
+            return None
+        content = read_json(path, LONGEST)
+        known = content.pop("format", None)
+        if known == 1:
+            raise ValueError(
+                f"{path}: format 1, of an earlier version of this program; remove the file, and "
+                "cut the folder anew with split_model.py to have one again"
+            )
+        fits = (
+            _has(content, {"params": dict, "weights": dict, "shards": dict})
+            and all(_has(weight, WEIGHT) for weight in content["weights"].values())
+            and all(_has(shard, SHARD) for shard in content["shards"].values())
+            and all(
+                type(x) is str for s in content["shards"].values() for x in s["sha256"].values()
+            )
+        )
+        if known != FORMAT or not fits:
+            raise ValueError(
+                f"{path}: unreadable (format {reprlib.repr(known)}, but this program knows "
+                f"{FORMAT}, or not as it writes it); without it the folder can be used unverified"
+            )
+        return cls(**content)
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder."""
+        write_json(folder / NAME, {"format": FORMAT} | dataclasses.asdict(self))
+
+    def check_params(self, folder: Path, args: ModelArgs) -> None:
+        """Raise ValueError unless params.json says what it said when this was written."""
+        with naming(folder / NAME):
+            said = dataclasses.asdict(ModelArgs.from_params(self.params))
+        found = dataclasses.asdict(args)
+        changed = [
+            f"{key} {found[key]}, not {said[key]}" for key in said if said[key] != found[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder / 'params.json'}: says {first_few(changed)} as {folder / NAME} does; put "
+                f"the old values back, or, if they are meant to change, remove {NAME}"
+            )
+
+    def check_model(self, folder: Path, args: ModelArgs, dtypes: dict[str, torch.dtype]) -> None:
+        """Raise ValueError unless this describes the model of params.json, with every weight."""
+        described = describe_weights(args, dtypes)
+        said = {
+            name: {key: weight[key] for key in ("shape", "dtype")}
+            for name, weight in self.weights.items()
+        }
+        complete = all(shard["sha256"].keys() == said.keys() for shard in self.shards.values())
+        if said != described or not complete:
+            raise ValueError(
+                f"{folder / NAME}: does not describe the weights of the model in params.json as "
+                "they lie in these shards; is it another folder's?"
+            )
+
+    def check_files(self, folder: Path, paths: Sequence[Path]) -> None:
+        """Raise ValueError unless the shards are those listed here, by name and size."""
+        here, there = {path.name for path in paths}, self.shards.keys()
+        if here != there:
+            raise ValueError(
+                f"{folder}: holds {counted(len(here), 'shard')}, but {NAME} lists {len(there)} "
+                f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
+                "copied in part, or are two mixed?"
+            )
+        for path in paths:
+            size, wanted = path.stat().st_size, self.shards[path.name]["size"]
+            if size != wanted:
+                raise ValueError(
+                    f"{path}: {size} bytes long, but {NAME} says {wanted}; copy it again"
+                )
+
+
+def _has(table: object, kinds: dict[str, type]) -> bool:
+    """Whether a value is a table of just these keys, with values of these types."""
+    return isinstance(table, dict) and {key: type(x) for key, x in table.items()} == kinds
+
+
+def describe_weights(args: ModelArgs, dtypes: dict[str, torch.dtype]) -> dict[str, dict]:
+    """What a manifest says of every weight of a model, but for its hash."""
+    return {
+        name: {"shape": list(shape), "dtype": str(dtypes[name]).removeprefix("torch.")}
+        for name, shape in weight_shapes(args).items()
+    }

@@ -1,0 +1,201 @@
+"""The table of weights: names in every format, shapes, cuts; and what every format is read as."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama.cli import first_few
+from llama.model import ModelArgs
+from llama.options import check_dtype
+
+BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of weight: its name in each format, without the layer's prefix and .weight."""
+
+    meta: str
+    hf: str
+    gguf: str
+    shape: tuple[str, ...]  # (out_features, in_features), by the names of sizes in ModelArgs
+    cut: int | None  # the dimension that shards cut; None: every shard holds the whole
+    in_layers: bool = True
+    rotary: bool = False  # rows are pairs that turn: Hugging Face keeps them in another order
+
+    def pattern(self, form: str) -> str:
+        """The full name in a format ("meta", "hf" or "gguf"), N for the number of the layer."""
+        return f"{LAYER[form] if self.in_layers else ''}{getattr(self, form)}.weight"
+
+
+LAYER = {"meta": "layers.N.", "hf": "model.layers.N.", "gguf": "blk.N."}
+KINDS = (  # in the order in which shards hold them, those of each layer together
+    Kind("tok_embeddings", "model.embed_tokens", "token_embd", ("vocab_size", "dim"), 1, False),
+    Kind("attention.wq", "self_attn.q_proj", "attn_q", ("q_dim", "dim"), 0, rotary=True),
+    Kind("attention.wk", "self_attn.k_proj", "attn_k", ("kv_dim", "dim"), 0, rotary=True),
+    Kind("attention.wv", "self_attn.v_proj", "attn_v", ("kv_dim", "dim"), 0),
+    Kind("attention.wo", "self_attn.o_proj", "attn_output", ("dim", "q_dim"), 1),
+    Kind("feed_forward.w1", "mlp.gate_proj", "ffn_gate", ("hidden_dim", "dim"), 0),
+    Kind("feed_forward.w2", "mlp.down_proj", "ffn_down", ("dim", "hidden_dim"), 1),
+    Kind("feed_forward.w3", "mlp.up_proj", "ffn_up", ("hidden_dim", "dim"), 0),
+    Kind("attention_norm", "input_layernorm", "attn_norm", ("dim",), None),
+    Kind("ffn_norm", "post_attention_layernorm", "ffn_norm", ("dim",), None),
+    Kind("norm", "model.norm", "output_norm", ("dim",), None, False),
+    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, False),
+)
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+_LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
+_BY_META = {kind.pattern("meta"): kind for kind in KINDS}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of a weight, by Meta's name: layers.3.attention.wq.weight."""
+    return _BY_META[_LAYER_NUMBER.sub("N", name, count=1)]
+
+
+def meta_names(form: str, found: Iterable[str]) -> dict[str, str]:
+    """The name found in a format ("hf" or "gguf") of each weight, by Meta's name.
+
+    Raises ValueError for names of weights that no Llama model in Meta's format has.
+    """
+    meta_patterns = {kind.pattern(form): kind.pattern("meta") for kind in KINDS}
+    names, unknown = {}, []
+    for name in found:
+        layer = _LAYER_NUMBER.search(name)
+        pattern = meta_patterns.get(_LAYER_NUMBER.sub("N", name, count=1))
+        if pattern:
+            names[pattern.replace("N", layer[0]) if layer else pattern] = name
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"weights that no Llama model in Meta's format has: {first_few(unknown)}")
+    return names
+
+
+def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of a model, by Meta's names, in the order in which shards hold them."""
+    kinds: dict[str, Kind] = {}
+    in_layers = [kind for kind in KINDS if kind.in_layers]
+    for kind in KINDS:
+        if not kind.in_layers:
+            kinds[kind.pattern("meta")] = kind
+        elif kind is in_layers[0]:  # here come all layers, each with all its kinds
+            for i in range(args.n_layers):
+                kinds |= {kind.pattern("meta").replace("N", str(i)): kind for kind in in_layers}
+    return {name: tuple(getattr(args, s) for s in kind.shape) for name, kind in kinds.items()}
+
+
+def check_layers(args: ModelArgs, n_found: int) -> None:
+    """Raise ValueError for more layers than weights, before a list is made of them all."""
+    if args.n_layers > n_found:
+        raise ValueError(f"{n_found} weights are too few for {args.n_layers} layers (n_layers)")
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, by Meta's names, for weights that are missing, unexpected or misshapen."""
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} is unexpected" for name in found if name not in wanted]
+    faults += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if faults:
+        raise ValueError(f"not the model described: {first_few(faults, '; ')}")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one weight lies in n shards: in parts along dim; shard r holds part r * parts // n."""
+
+    dim: int  # 0 where the one part is the whole
+    parts: int
+    n: int
+
+    def part_in(self, shard: int) -> int:
+        return shard * self.parts // self.n
+
+    def first_shard_with(self, part: int) -> int:
+        return part * self.n // self.parts
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a part."""
+        return tuple(size // self.parts if i == self.dim else size for i, size in enumerate(whole))
+
+
+def cut_of(name: str, args: ModelArgs, n: int) -> Cut:
+    """How n shards cut the weight. Below one KV head a shard, neighbours hold the same one."""
+    kind = kind_of(name)
+    if kind.cut is None:
+        return Cut(0, 1, n)
+    parts = min(n, args.n_kv_heads) if kind.shape[kind.cut] == "kv_dim" else n
+    return Cut(kind.cut, parts, n)
+
+
+def valid_shard_counts(args: ModelArgs) -> list[int]:
+    """Every n into which a model can be cut, ascending."""
+    common = math.gcd(args.n_heads, args.vocab_size, args.hidden_dim, args.dim)
+    divisors = [n for n in range(1, common + 1) if common % n == 0]
+    return [n for n in divisors if args.n_kv_heads % n == 0 or n % args.n_kv_heads == 0]
+
+
+def check_shard_count(args: ModelArgs, n: int, what: str) -> None:
+    """Raise ValueError, with the counts that would do, when the model cannot be cut into n."""
+    valid = valid_shard_counts(args)
+    if n not in valid:
+        raise ValueError(
+            f"{what} does not cut into {n} shards: n must divide n_heads {args.n_heads}, "
+            f"vocab_size {args.vocab_size}, FFN size {args.hidden_dim} and dim {args.dim}, and "
+            f"divide n_kv_heads {args.n_kv_heads} or be a multiple of it. "
+            f"Valid n: {', '.join(map(str, valid))}"
+        )
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of a --dtype argument; None stays None (what the checkpoint holds)."""
+    check_dtype(name)
+    return name and getattr(torch, name)
+
+
+class Source:
+    """A checkpoint in any format, of which any rows or columns of any weight can be read.
+
+    params: as in Meta's params.json. args: the same, checked. shapes: of each weight, by Meta's
+    names. dtype: the one that holds every weight without loss. files: what goes along beside the
+    weights, the tokenizer above all: content, or where it is to be copied from.
+    """
+
+    def __init__(
+        self, params: dict, dtype: torch.dtype, files: dict[str, bytes | Path] | None = None
+    ) -> None:
+        self.params = params
+        self.args = ModelArgs.from_params(params)
+        self.shapes = weight_shapes(self.args)
+        self.dtype = dtype
+        self.files = files or {}
+
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Rows (dim 0) or columns (dim 1) start to stop of a weight; by default all of it."""
+        raise NotImplementedError
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Read a weight some rows at a time: each block with the number of its first row."""
+        rows = self.shapes[name][0]
+        for start in range(0, rows, BLOCK_ROWS):
+            yield start, self.read(name, 0, start, min(start + BLOCK_ROWS, rows))
+
+    def part(self, name: str, rank: int, n: int) -> torch.Tensor:
+        """What rank of n ranks holds of the weight, contiguous."""
+        cut = cut_of(name, self.args, n)
+        size = self.shapes[name][cut.dim] // cut.parts
+        start = cut.part_in(rank) * size
+        return self.read(name, cut.dim, start, start + size).contiguous()
+
+    def check(self, name: str, sha256: str) -> None:
+        """Raise ValueError if this is not the whole weight's SHA-256. By default none is known."""

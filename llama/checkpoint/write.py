@@ -1,0 +1,251 @@
+"""Write a checkpoint as any number of shards, whole or not at all; say beforehand what it takes."""
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import struct
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint.folder import Checkpoint, hash_threads, shard_name
+from llama.checkpoint.manifest import Manifest, describe_weights
+from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
+from llama.cli import byte_bar, counted
+from llama.files import bytes_of, naming_refusals, new_folder, write_json
+
+
+def write_checkpoint(
+    source: Source, out_dir: str | Path, n: int = 1, dtype: torch.dtype | None = None
+) -> None:
+    """Write source as a folder of n shards with its manifest, which appears whole or not at all.
+
+    Shards are laid out on disk and filled in place, some rows at a time. Raises ValueError for an
+    n that does not divide, a damaged source or a folder in use, OSError for a disk that cannot
+    take it.
+    """
+    out_dir, dtype = Path(os.path.abspath(out_dir)), dtype or source.dtype
+    check_shard_count(source.args, n, f"the model to be written to {out_dir}")
+    with new_folder(out_dir) as folder:
+        whole, parts = _write_shards(source, folder, n, dtype)
+        for name, content in source.files.items():
+            with naming_refusals(folder / name):
+                if isinstance(content, Path):
+                    shutil.copyfile(content, folder / name)
+                else:
+                    (folder / name).write_bytes(content)
+        write_json(folder / "params.json", source.params)
+        weights = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
+        for name, described in weights.items():
+            described["sha256"] = whole[name]
+        shards = {}
+        for i in range(n):
+            path = folder / shard_name(i)
+            sha256 = {
+                name: parts[name][cut_of(name, source.args, n).part_in(i)] for name in source.shapes
+            }
+            shards[path.name] = {"size": path.stat().st_size, "sha256": sha256}
+        Manifest(source.params, weights, shards).write(folder)
+
+
+def _write_shards(
+    source: Source, folder: Path, n: int, dtype: torch.dtype
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Write all weights into n shards; the SHA-256 of each whole weight, and of each of its parts.
+
+    As many weights at a time as torch has threads, the largest first.
+    """
+    size = {name: math.prod(shape) for name, shape in source.shapes.items()}
+    names = sorted(size, key=size.get, reverse=True)
+    whole, parts = {}, {}
+    with (
+        _lay_out(source, folder, n, dtype) as shards,
+        _flushing(shards) as check_flushed,
+        byte_bar(sum(size.values()) * dtype.itemsize) as bar,
+        hash_threads() as pool,
+    ):
+        hashes = pool.map(lambda name: _write_weight(source, name, shards, dtype), names)
+        for name, (of_whole, of_parts) in zip(names, hashes):
+            whole[name], parts[name] = of_whole, of_parts
+            check_flushed()
+            bar.update(size[name] * dtype.itemsize)
+    return whole, parts
+
+
+def _write_weight(
+    source: Source, name: str, shards: list["_ShardFile"], dtype: torch.dtype
+) -> tuple[str, list[str]]:
+    """Write one weight into all shards; the SHA-256 of the whole, and of each part.
+
+    The source is asked whether what was read is what it should hold.
+    """
+    cut = cut_of(name, source.args, len(shards))
+    part_shape = cut.shape(source.shapes[name])
+    row_bytes = math.prod(part_shape[1:]) * dtype.itemsize
+    as_read, whole = hashlib.sha256(), hashlib.sha256()
+    parts = [whole] if cut.parts == 1 else [hashlib.sha256() for _ in range(cut.parts)]
+    for start, block in source.blocks(name):
+        converted = block.to(dtype)
+        whole.update(bytes_of(converted))
+        if dtype != block.dtype:
+            as_read.update(bytes_of(block))
+        for part, row, rows in _by_part(converted, start, cut, part_shape):
+            data = bytes_of(rows)
+            if parts[part] is not whole:
+                parts[part].update(data)
+            for i, shard in enumerate(shards):
+                if cut.part_in(i) == part:
+                    shard.write(name, row * row_bytes, data)
+    source.check(name, (whole if dtype == block.dtype else as_read).hexdigest())
+    return whole.hexdigest(), [part.hexdigest() for part in parts]
+
+
+def _by_part(
+    block: torch.Tensor, start: int, cut: Cut, part_shape: tuple[int, ...]
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Cut a block of rows, from row start on: each part in it, its first row there, its rows."""
+    if cut.dim == 1:
+        for part, columns in enumerate(block.chunk(cut.parts, 1)):
+            yield part, start, columns
+        return
+    height, stop = part_shape[0], start + len(block)
+    for part in range(start // height, (stop - 1) // height + 1):
+        first, last = max(part * height, start), min((part + 1) * height, stop)
+        yield part, first - part * height, block[first - start : last - start]
+
+
+class _ShardFile:
+    """A shard that is laid out on disk, to be filled in place."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDWR)
+        self.offsets = {name: start for name, (start, _) in zip(names, tensor_ranges(path))}
+
+    def write(self, name: str, at: int, data: memoryview) -> None:
+        """Put bytes at a place within the bytes of a weight."""
+        place = self.offsets[name] + at
+        while data:
+            with naming_refusals(self.path):
+                written = os.pwrite(self.descriptor, data, place)
+            data, place = data[written:], place + written
+
+    def flush(self) -> None:
+        """Return when what was written is on the disk."""
+        with naming_refusals(self.path):
+            os.fdatasync(self.descriptor)
+
+
+def tensor_ranges(path: Path) -> list[tuple[int, int]]:
+    """Where each tensor's bytes begin and end in a shard file, in the order of their numbers.
+
+    The file is a zip archive with one stored record a tensor (its data/N), as torch.save writes.
+    """
+    ranges = {}
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            folder, _, number = record.filename.rpartition("/")
+            if folder.endswith("/data") and number.isdecimal():
+                # The local header repeats the name, and may have an extra field of its own.
+                file.seek(record.header_offset + 26)
+                start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                ranges[int(number)] = (start, start + record.file_size)
+    return [ranges[number] for number in sorted(ranges)]
+
+
+@contextlib.contextmanager
+def _lay_out(
+    source: Source, folder: Path, n: int, dtype: torch.dtype
+) -> Iterator[list[_ShardFile]]:
+    """Make n shard files with their disk space taken, to be filled."""
+    shapes = {
+        name: cut_of(name, source.args, n).shape(shape) for name, shape in source.shapes.items()
+    }
+    needed = n * sum(map(math.prod, shapes.values())) * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder.parent}: {needed:,} bytes needed, but only {free:,} are free")
+    shards: list[_ShardFile] = []
+    with contextlib.ExitStack() as stack:
+        for i in range(n):
+            path = folder / shard_name(i)
+            # Never touched, so these take address space but no memory.
+            empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+            try:
+                with torch.serialization.skip_data():
+                    torch.save(empty, str(path))
+            except RuntimeError:  # how torch says that the system refused a write, and not why
+                raise OSError(f"{path}: cannot be written; is the disk full?") from None
+            shards.append(_ShardFile(path, list(shapes)))
+            stack.callback(os.close, shards[-1].descriptor)
+            with naming_refusals(path):
+                os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
+        yield shards
+
+
+@contextlib.contextmanager
+def _flushing(shards: list[_ShardFile]) -> Iterator[Callable[[], None]]:
+    """Let the disk write, on another thread, while more is being done: little is left at the end.
+
+    The system tells of a failed write once, and no later fsync would know. So the OSError is kept:
+    the function that this gives raises it, and so does the end.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while True:
+            for shard in shards:
+                shard.flush()
+            if done.wait(0.01):
+                return
+
+    with ThreadPoolExecutor(1) as thread:
+        flushed = thread.submit(flush)
+
+        def check() -> None:
+            if flushed.done():
+                flushed.result()
+
+        try:
+            yield check
+        finally:
+            done.set()
+        flushed.result()
+
+
+def plan(
+    ckpt: Checkpoint, n: int, dtype: torch.dtype | None, max_seq_len: int, max_batch_size: int
+) -> str:
+    """A table of what cutting into n would write, and of what each rank then needs to run."""
+    args, dtype = ckpt.args, dtype or ckpt.dtype
+    check_shard_count(args, n, str(ckpt.dir))
+    kinds: dict[str, list[str]] = {}
+    for name in ckpt.shapes:
+        kinds.setdefault(kind_of(name).meta, []).append(name)
+    row = "{:15}  {:>6}  {:>16}  {:>16}  {:>16}  {:>18}".format
+    lines = [row("weight", "count", "whole", f"in each of {ckpt.n}", f"of {n}", "bytes in a shard")]
+    weights = 0
+    for kind, names in kinds.items():
+        whole = ckpt.shapes[names[0]]
+        before, after = ckpt.cut_here(names[0]).shape(whole), cut_of(names[0], args, n).shape(whole)
+        size = len(names) * math.prod(after) * dtype.itemsize
+        weights += size
+        shapes = (" x ".join(map(str, shape)) for shape in (whole, before, after))
+        lines.append(row(kind, len(names), *shapes, f"{size:,}"))
+    local_kv_dim = max(1, args.n_kv_heads // n) * args.head_dim
+    cache = 2 * args.n_layers * max_batch_size * max_seq_len * local_kv_dim * dtype.itemsize
+    return "\n".join(
+        [
+            *lines,
+            f"{counted(n, 'shard')} of {weights:,} bytes, {n * weights:,} in all, in {dtype}",
+            f"to run, each of {counted(n, 'rank')} needs {(weights + cache) / 1e9:.2f} GB: weights "
+            f"{weights / 1e9:.2f} GB, cache {cache / 1e9:.2f} GB ({max_batch_size} rows of "
+            f"{max_seq_len} tokens); activations come on top",
+        ]
+    )

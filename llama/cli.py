@@ -1,0 +1,230 @@
+"""A signature as a command line, failures in one line, progress and memory: all without torch."""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import fire
+from fire.decorators import SetParseFns
+from tqdm import tqdm
+
+# torchrun ends all ranks as soon as one has failed: a rank that is not to speak waits so long, so
+# that the one that is can.
+SILENT_EXIT_DELAY = 5.0
+LOST_PEER = (  # as gloo and nccl word it
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    "remote process exited",
+)
+_RANK = int(os.environ.get("RANK", 0))  # as torchrun gives it, before there is a process group
+
+
+def run(main: Callable[..., None], options: type | None = None) -> None:
+    """Run a script: main's signature is its command line, and a failure is one line.
+
+    options: a dataclass, which takes the signature's place; main is then given one of it.
+    What the user got wrong (ValueError, OSError) or the machine cannot give becomes one line on
+    stderr and exit code 1. When ranks fail, whichever is first says so, and torchrun ends all.
+    """
+    try:
+        flags = parse_flags(options or main)
+        work = (
+            functools.partial(main, options(**flags))
+            if options
+            else functools.partial(main, **flags)
+        )
+    except ValueError as error:
+        _fail(f"error: {error}", first=_RANK == 0)
+    from llama import parallel  # here, so that help and a mistyped flag need no torch
+
+    try:
+        work()
+        parallel.leave_together()
+    except KeyboardInterrupt:
+        say("interrupted")
+        os._exit(130)
+    except Exception as error:
+        message = _explain(error)
+        if message is None and parallel.world_size() == 1:
+            raise
+        _fail(message or traceback.format_exc(), first=parallel.first_to_fail())
+
+
+def _explain(error: Exception) -> str | None:
+    """The line for a failure that is no fault of the program's; None for one that may be."""
+    text = str(error)
+    if isinstance(error, ValueError | OSError | ImportError):
+        return f"error: {text}"
+    lines = text.splitlines() or ["in Python"]
+    if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate" in text:
+        return (
+            f"error: out of memory ({lines[0]}); lower the batch size or --max_seq_len, take "
+            "--dtype bfloat16, use more ranks, or in training --gradient_checkpointing"
+        )
+    if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
+        return (
+            "error: another rank ended before its time, so this run cannot go on; torchrun's "
+            f"report below says which ({lines[-1].strip()})"
+        )
+    return None
+
+
+def _fail(message: str, first: bool | None) -> NoReturn:
+    """End with exit code 1, and say why: at once if this rank is the first to fail.
+
+    One that is not waits, and torchrun ends it. None: without a process group nobody knows which
+    was the first; then it waits too, and speaks if it is still there.
+    """
+    if not first:
+        time.sleep(SILENT_EXIT_DELAY)
+    if first is not False:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # not sys.exit: the process group's threads may wait for ranks that are gone
+
+
+def parse_flags(main: Callable[..., None]) -> dict:
+    """What the command line gives for main's parameters, each of its parameter's type.
+
+    --from means the parameter from_, since Python keeps that word for itself. Raises ValueError
+    for a flag that is unknown, lacks its value or has one of another type, and for one too few.
+    """
+    parameters = inspect.signature(main).parameters
+    given: dict = {}
+
+    def take(**values: object) -> None:
+        given.update(values)
+
+    # For fire: the flags by their names alone, with the page that main's docstring gives.
+    by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    take.__signature__ = inspect.Signature(by_name)
+    take.__doc__ = main.__doc__
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        _show_help(take)
+    types = {name: functools.partial(_value, p) for name, p in parameters.items()}
+    fire.Fire(SetParseFns(**types)(take), command=_flags(sys.argv[1:], parameters))
+    return given
+
+
+def _flags(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The command line as --name=value, each name that of a parameter."""
+    names = {name.rstrip("_"): name for name in parameters}
+    flags, waiting = {}, deque(arguments)
+    while waiting:
+        flag, equals, value = waiting.popleft().partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            raise ValueError(
+                f"no flag {flag}; {f'did you mean --{close[0]}?' if close else 'see --help'}"
+            )
+        follows = waiting[0] if waiting else "--"
+        if not equals and parameters[names[name]].annotation is bool:
+            value = waiting.popleft() if follows in ("True", "False") else "True"
+        elif not equals:
+            if follows.startswith("--"):
+                raise ValueError(f"--{name} needs a value; see --help")
+            value = waiting.popleft()
+        flags[names[name]] = value
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in flags:
+            raise ValueError(f"--{name.rstrip('_')} is needed; see --help")
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def _value(parameter: inspect.Parameter, text: str) -> object:
+    """The value of a flag, of its parameter's type."""
+    kinds = getattr(parameter.annotation, "__args__", (parameter.annotation,))
+    kind = next(kind for kind in kinds if kind is not type(None))
+    with contextlib.suppress(ValueError, KeyError):
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    raise ValueError(f"--{parameter.name.rstrip('_')} wants {kind.__name__}, not {text!r}")
+
+
+def _show_help(main: Callable[..., None]) -> NoReturn:
+    """Print fire's page for main on stdout, once, without what fire says of itself."""
+    os.environ.setdefault("PAGER", "cat")
+    page = io.StringIO()
+    with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
+        fire.Fire(main, command=["--help"])
+    lines = [line for line in page.getvalue().splitlines() if not line.startswith("INFO:")]
+    text = re.sub(r"\b(from|FROM)_\b", r"\1", "\n".join(lines).strip())
+    text = re.sub(r"(?m)^    -\w, --", "    --", text)
+    text = re.sub(r"Optional\[(\w+)( \| None)?\]", r"\1", text)
+    if _RANK == 0:
+        print(text)
+    else:
+        time.sleep(SILENT_EXIT_DELAY)
+    raise SystemExit(0)
+
+
+def check_at_least(smallest: int, **values: float) -> None:
+    """Raise ValueError, naming the flag, for a value below the smallest that makes sense."""
+    for name, value in values.items():
+        if not value >= smallest:
+            raise ValueError(f"--{name} must be at least {smallest}, not {value}")
+
+
+def say(message: str) -> None:
+    """Tell the user something that is not a result: on stderr, by rank 0 alone."""
+    if _RANK == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def show_bars() -> bool:
+    """Whether progress bars belong on this rank's stderr."""
+    return _RANK == 0 and sys.stderr.isatty()
+
+
+def byte_bar(total: int) -> tqdm:
+    """A bar of bytes done, where bars belong."""
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not show_bars())
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things: 1 shard, 2 shards."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def first_few(items: Sequence[str], sep: str = ", ", longest: int = 200) -> str:
+    """The first few of many items, with the number of the others, for one line of a message."""
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return sep.join(shown(item, longest) for item in items[:4]) + more
+
+
+def shown(text: str, longest: int = 200) -> str:
+    """A text out of a file, fit for a message: one line, no terminal codes, not too long."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest])
+    return plain + "…" * (len(text) > longest)
+
+
+class MemoryWatch(threading.Thread):
+    """Follow the peak of a process's anonymous resident memory, in bytes; no mapped files.
+
+    Pages of a mapped file are the kernel's to drop, so they are no memory that the process needs.
+    """
+
+    def __init__(self, pid: int | str = "self", interval: float = 0.01) -> None:
+        super().__init__(daemon=True)
+        self.status = Path(f"/proc/{pid}/status")
+        self.interval = interval
+        self.peak = 0
+        self.start()
+
+    def run(self) -> None:
+        # The file is empty or gone when the process is.
+        with contextlib.suppress(OSError):
+            while found := re.search(r"RssAnon:\s+(\d+) kB", self.status.read_text()):
+                self.peak = max(self.peak, int(found[1]) * 1024)
+                time.sleep(self.interval)

@@ -1,0 +1,215 @@
+"""Files: written whole or not at all, JSON and pickles read without harm, hashes of tensors."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pickletools
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llama.cli import shown
+
+# What the pickle of a dict of tensors refers to.
+PLAIN = (
+    r"collections OrderedDict|torch \w+Storage"
+    r"|torch\._utils _rebuild_tensor_v2|torch\._utils _rebuild_parameter"
+)
+LONGEST_PICKLE = 1 << 26  # bytes
+
+
+@contextlib.contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside a file; what is written there is synced, then takes its place.
+
+    When the body raises, nothing is left of it and path is as it was.
+    """
+    partial = partial_name(path)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder under a temporary name, renamed to path when all in it is on the disk.
+
+    Raises ValueError if path is in use, or another process is writing it.
+    """
+    _check_free(path)
+    partial = partial_name(path)
+    new_parents = [parent for parent in path.parents if not parent.exists()]
+    with contextlib.ExitStack() as stack:
+        with naming_refusals(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(partial, f"{path}: another run is writing it"))
+        try:
+            _check_free(path)
+            for left_over in partial.iterdir():  # by a run that was killed
+                remove(left_over)
+            yield partial
+            for inside in [*partial.iterdir(), partial]:
+                _sync(inside)
+            with naming_refusals(path):
+                partial.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            remove(partial)
+            for parent in new_parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, message: str) -> Iterator[None]:
+    """Hold a folder for this process alone; ValueError with the message if another one does.
+
+    The lock ends with the process, however that ends. Links are not followed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held the lock before may have renamed or removed the folder meanwhile.
+        ours = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        if not ours:
+            raise BlockingIOError
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{message}; wait for that one to end") from None
+    finally:
+        os.close(descriptor)
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name under which a file or folder is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_free(path: Path) -> None:
+    """The name must be free, or that of an empty folder, which a rename can replace."""
+    if os.path.ismount(path) or path.is_symlink():
+        raise ValueError(f"{path}: a link or mount point; name a new folder inside it")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: already there and not empty; remove it or choose another")
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or a folder's list of files, is on the disk."""
+    with naming_refusals(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path in front of the message of a ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def naming_refusals(path: Path) -> Iterator[None]:
+    """Say which file the system refused to write."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read_json(path: Path, longest: int = 1 << 28) -> dict:
+    """The JSON object in a file of at most so many bytes; ValueError, naming the path, if none."""
+    try:
+        if path.stat().st_size > longest:
+            raise ValueError(f"longer than {longest:,} bytes")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"not a JSON object but {type(value).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: unreadable ({error})") from None
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object into a file of a folder that is not in use yet."""
+    with naming_refusals(path):
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def load_plain(path: Path) -> object:
+    """Load what torch.save wrote, mapped into memory, if it holds nothing but plain tensors.
+
+    No code in the file can run, nor ask for memory. Raises ValueError, naming the path, for
+    anything else, and for torch's format of before 2020, which cannot be mapped.
+    """
+    try:
+        _check_archive(path)
+        return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: unreadable ({error})") from None
+    except Exception as error:  # torch raises whatever the bytes provoke
+        reason = shown(str(error) or type(error).__name__)
+        raise ValueError(
+            f"{path}: not a file of torch.save's present format, or damaged: {reason}; copy it "
+            "again, or save it anew with torch.save"
+        ) from None
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for an archive whose mapping would trust too much.
+
+    Each record must lie in the file, stored plain, and its pickle may name nothing but what a dict
+    of plain tensors is made of: weights_only=True keeps code from running, but what else it allows
+    may ask for any amount of memory, or for tensors without content.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            name = shown(record.filename)
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"record {name} is compressed")
+            if record.header_offset + record.file_size > size:
+                raise ValueError(f"record {name} reaches past the end of the file")
+            if record.filename.endswith("/data.pkl"):
+                if record.file_size > LONGEST_PICKLE:
+                    raise ValueError(f"record {name} is {record.file_size:,} bytes long")
+                for opcode, argument, _ in pickletools.genops(archive.open(record)):
+                    names_something = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
+                    if names_something and not re.fullmatch(PLAIN, str(argument)):
+                        raise ValueError(
+                            f"it holds more than tensors ({argument}), which could run code"
+                        )
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, row by row, as they lie in a file."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    """The SHA-256 of a tensor's bytes, row by row, in hexadecimal digits."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()

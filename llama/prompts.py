@@ -1,0 +1,65 @@
+"""What the example scripts share: prompts in, completions and what they took out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama import parallel
+from llama.cli import MemoryWatch, say
+from llama.generation import Output, Timing
+
+SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
+EXAMPLES = Path(__file__).parents[1] / "datasets" / "example_prompts.jsonl"
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """The prompts of a text file, one a line, or of a .jsonl file ({"prompt": …} or a string).
+
+    None reads the example prompts. Raises FileNotFoundError, and ValueError with the line's number.
+    """
+    path = EXAMPLES if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such prompts file")
+    try:
+        # Not splitlines(), which also cuts at characters that a prompt may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    if path.suffix != ".jsonl":
+        prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    else:
+        prompts = [_parse(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it; write one a line")
+    return prompts
+
+
+def _parse(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    prompt = row.get("prompt") if isinstance(row, dict) else row
+    if not isinstance(prompt, str):
+        raise ValueError(f'{path}, line {number}: neither a string nor an object with "prompt"')
+    return prompt
+
+
+def print_completions(prompts: Sequence[str], outputs: Sequence[Output]) -> None:
+    """Print each prompt with its continuation on stdout, on rank 0."""
+    if parallel.rank() == 0:
+        for prompt, output in zip(prompts, outputs):
+            print(prompt + output.text, end=SEPARATOR, flush=True)
+
+
+def report(timing: Timing, memory: MemoryWatch) -> None:
+    """Say on stderr what a run took: seconds, tokens a second, and each rank's peak memory."""
+    peaks = parallel.gather_objects(parallel.device_peak() or memory.peak)
+    say(
+        f"loaded in {timing.load_seconds:.1f} s; "
+        f"prompts {timing.prompt_tokens} tokens, "
+        f"{timing.prompt_tokens / timing.prompt_seconds:.1f} tokens/s; "
+        f"generated {timing.generated_tokens} tokens, "
+        f"{timing.generated_tokens / timing.generated_seconds:.1f} tokens/s; "
+        f"peak memory by rank: {', '.join(f'{peak / 1e6:.0f} MB' for peak in peaks)}"
+    )

@@ -1,0 +1,1 @@
+"""Soft prompts: learned on the sharded model, kept as PEFT adapters."""

@@ -1,0 +1,112 @@
+"""The model as PEFT and the Trainer see it, and the trainable prompt in front of it."""
+
+import warnings
+
+import peft
+import torch
+import torch.distributed as dist
+import transformers
+from fairscale.nn.model_parallel.cross_entropy import vocab_parallel_cross_entropy
+from transformers.modeling_outputs import CausalLMOutput
+
+from llama import parallel
+from llama.checkpoint.hf import hf_config
+from llama.model import Transformer
+from llama.tuning.data import IGNORE
+
+FLOAT16_GRADIENT_SCALE = 1024.0
+
+
+class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """Give our Transformer a loss, and the config that PEFT asks for. No weights of its own.
+
+    PEFT wants a GenerationMixin; what generates is LLaMA.generate.
+    """
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, transformer: Transformer, name_or_path: str = "") -> None:
+        super().__init__(hf_config(transformer.args, name_or_path=name_or_path))
+        self.transformer = transformer
+        self.gradient_scale = 1.0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **_: object,
+    ) -> CausalLMOutput:
+        """Return the mean loss of labelled tokens, or without labels the logits.
+
+        num_items_in_batch, which the Trainer gives under gradient accumulation, replaces the number
+        of labelled tokens as what the sum is divided by. All ranks return the same loss.
+        Shapes: inputs and labels (bsz, seqlen), logits (bsz, seqlen, vocab_size).
+        """
+        h = self.transformer.hidden_states(input_ids, inputs_embeds, attention_mask)
+        if labels is None:
+            return CausalLMOutput(logits=self.transformer.gather_logits(h))
+        targets = labels[:, 1:]
+        learned = targets != IGNORE
+        # Only learned positions get logits, and each rank makes those of its part of the
+        # vocabulary: tokens × vocab_size numbers are never anywhere together.
+        logits = self.transformer.local_logits(h[:, :-1][learned]).float()
+        losses = vocab_parallel_cross_entropy(logits, targets[learned])
+        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        return CausalLMOutput(loss=_ScaleGradient.apply(loss, self.gradient_scale))
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Return a value as it is, but multiply its gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return value.clone()  # the Trainer changes the loss in place
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.scale, None
+
+
+def add_soft_prompt(
+    transformer: Transformer, num_virtual_tokens: int, init_ids: list[int] | None, ckpt_dir: str
+) -> peft.PeftModel:
+    """Put a trainable prompt, in float32, in front of the model; all else is frozen.
+
+    The prompt starts as the embeddings of init_ids, cut or repeated to its length; without them at
+    those of random tokens, the same on all ranks if their seeds are.
+    """
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+    with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 warns of
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.get_peft_model(LlamaForPromptTuning(transformer, str(ckpt_dir)), config)
+    if init_ids is None:
+        init_ids = torch.randint(transformer.args.vocab_size, (num_virtual_tokens,)).tolist()
+    repeated = (init_ids * num_virtual_tokens)[:num_virtual_tokens]
+    with torch.no_grad():
+        ids = torch.tensor([repeated], device=transformer.norm.weight.device)
+        set_soft_prompt(model, transformer.tok_embeddings(ids)[0])
+    prompt = soft_prompt_of(model)
+    if transformer.norm.weight.dtype == torch.float16:
+        # float16 has no room for small gradients: they pass through the model enlarged.
+        model.get_base_model().gradient_scale = FLOAT16_GRADIENT_SCALE
+        prompt.register_hook(lambda gradient: gradient / FLOAT16_GRADIENT_SCALE)
+    if parallel.world_size() > 1:
+        # All ranks have the same gradient; where their cards round apart, rank 0's holds.
+        prompt.register_post_accumulate_grad_hook(lambda prompt: dist.broadcast(prompt.grad, src=0))
+    return model
+
+
+def set_soft_prompt(model: peft.PeftModel, prompt: torch.Tensor) -> None:
+    """Put values (num_virtual_tokens, dim) into the trainable prompt."""
+    with torch.no_grad():
+        soft_prompt_of(model).copy_(prompt)
+
+
+def soft_prompt_of(model: peft.PeftModel) -> torch.nn.Parameter:
+    """The trainable prompt, (num_virtual_tokens, dim) float32."""
+    return model.prompt_encoder["default"].embedding.weight

@@ -1,0 +1,114 @@
+"""The options of prompt tuning: each is named once, as a field, and is a flag of ft_main.py."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from llama.cli import check_at_least
+from llama.options import check_dtype
+
+# How Stanford Alpaca's prompts begin: what a soft prompt starts from.
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request."
+)
+SCHEDULES = (  # those of transformers that need no settings of their own
+    *("cosine", "linear", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
+    *("constant", "constant_with_warmup"),
+)
+
+
+def option(default: object, at_least: int | None = None, must_stay: bool = False) -> object:
+    """Make a field: its default, its smallest value, whether a resumed run must keep it."""
+    return dataclasses.field(
+        default=default, metadata={"at_least": at_least, "must_stay": must_stay}
+    )
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """Train a soft prompt on instructions; the model itself, split over the ranks, stays as it is.
+
+    Args:
+        ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
+        dataset_path: JSON or JSON lines: instruction, output, and perhaps input.
+        output_dir: a new folder for the adapter, its checkpoints, the losses and their picture.
+        init_prompt: text whose embeddings the prompt starts from; "" starts at random ones.
+        num_virtual_tokens: length of the prompt.
+        num_epochs: passes over the data.
+        max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
+        batch_size: rows a step, the same ones on every rank.
+        gradient_accumulation_steps: batches whose gradients add up to one step.
+        lr: highest learning rate.
+        warmup_steps: steps over which the learning rate rises.
+        lr_scheduler: how it falls: cosine, linear, polynomial, inverse_sqrt,
+            cosine_with_restarts, or not at all: constant, constant_with_warmup.
+        max_seq_len: longest prompt, instruction and answer together; longer rows are cut.
+        max_grad_norm: gradients are scaled down to this length; 0 leaves them.
+        val_set_size: rows held out for an evaluation loss.
+        eval_steps: steps between evaluations.
+        save_steps: steps between checkpoints that --resume can go on from.
+        logging_steps: steps between logged losses.
+        resume: go on from the newest checkpoint in output_dir, which all machines must see.
+        train_on_inputs: learn the instructions too, not the answers alone.
+        gradient_checkpointing: compute activations twice rather than hold them.
+        seed: of the order of rows, the rows held out and a random start.
+        dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+    """
+
+    ckpt_dir: str
+    tokenizer_path: str
+    dataset_path: str
+    output_dir: str
+    init_prompt: str = ALPACA_PREAMBLE
+    num_virtual_tokens: int = option(32, at_least=1)
+    num_epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = option(8, at_least=1, must_stay=True)
+    gradient_accumulation_steps: int = option(1, at_least=1, must_stay=True)
+    lr: float = option(1e-2, must_stay=True)
+    warmup_steps: int = option(10, at_least=0, must_stay=True)
+    lr_scheduler: str = option("cosine", must_stay=True)
+    max_seq_len: int = option(256, must_stay=True)
+    max_grad_norm: float = option(1.0, at_least=0)
+    val_set_size: int = option(0, must_stay=True)
+    eval_steps: int = option(50, at_least=1)
+    save_steps: int = option(50, at_least=1)
+    logging_steps: int = option(10, at_least=1)
+    resume: bool = False
+    train_on_inputs: bool = option(False, must_stay=True)
+    gradient_checkpointing: bool = False
+    seed: int = option(0, at_least=0, must_stay=True)
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the flag, for what a run cannot be trained with."""
+        for field in dataclasses.fields(self):
+            if field.metadata.get("at_least") is not None:
+                value = getattr(self, field.name)
+                check_at_least(field.metadata["at_least"], **{field.name: value})
+        for name, value in (("lr", self.lr), ("num_epochs", self.num_epochs)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"--{name} must be above 0, not {value}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(
+                "--max_steps must be at least 1, or -1 to leave it to --num_epochs, "
+                f"not {self.max_steps}"
+            )
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
+        if self.num_virtual_tokens >= self.max_seq_len:
+            raise ValueError(
+                f"--num_virtual_tokens {self.num_virtual_tokens} must leave room in "
+                f"--max_seq_len {self.max_seq_len}"
+            )
+        if self.lr_scheduler not in SCHEDULES:
+            raise ValueError(
+                f"--lr_scheduler must be one of {', '.join(SCHEDULES)}, not {self.lr_scheduler!r}"
+            )
+        check_dtype(self.dtype)
+
+    def must_stay(self) -> dict:
+        """The options without which a resumed run would not go on with what it began."""
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata.get("must_stay")}

@@ -1,0 +1,159 @@
+"""Tiny random models as Hugging Face folders and as GGUF files, and what is true of both."""
+
+import base64
+import random
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TOKENIZERS, make_params, random_source
+from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from llama import parallel
+from llama.checkpoint.convert import open_any
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.weights import Source
+from llama.checkpoint.write import write_checkpoint
+from llama.generation import load_model
+
+VOCABULARY = 96
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def save_hf(folder: Path, dtype=torch.float32, max_shard_size="1GB", **changes) -> None:
+    """Save a model with weights large enough that every mistake shows to a Hugging Face folder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 200, "vocab_size": VOCABULARY}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"initializer_range": 0.3, "max_position_embeddings": 131072}
+    config |= {"bos_token_id": None, "eos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | config | changes))).to(dtype)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, 1.0, 0.3)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def gguf_source(**changes) -> Source:
+    """The model that write_gguf writes."""
+    small = {"vocab_size": VOCABULARY, "multiple_of": 192, "n_kv_heads": 2}
+    return random_source(make_params(**(small | changes)))
+
+
+def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **changes) -> Source:
+    """Write a GGUF file with the gguf library; return what it holds.
+
+    meta and tensors change what is written; None leaves a field or a tensor out.
+    """
+    source = gguf_source(**changes)
+    args = source.args
+    fields = {
+        "llama.block_count": args.n_layers,
+        "llama.context_length": 1024,
+        "llama.embedding_length": args.dim,
+        "llama.feed_forward_length": args.hidden_dim,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.n_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": args.norm_eps,
+        "llama.rope.freq_base": args.rope_theta,
+        "llama.rope.dimension_count": args.head_dim,
+        "llama.vocab_size": args.vocab_size,
+    } | dict(meta)
+    # gguf knows what the weights are called in Meta's files.
+    gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
+    weights = {
+        gguf_names.get_name(name, try_suffixes=(".weight",)): source.read(name).numpy()
+        for name in source.shapes
+        if not (tied and name == "output.weight")
+    } | dict(tensors)
+
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
+    for key, value in fields.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add |= {str: writer.add_string, list: writer.add_array}
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        if value is not None:
+            add[type(value)](key, value)
+    for name, weight in weights.items():
+        if weight is not None and weight.ndim > 1:
+            writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        elif weight is not None:
+            writer.add_tensor(name, weight.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return source
+
+
+def byte_level_vocabulary(n: int) -> dict:
+    """GGUF metadata, as it is read, of Llama 3's first n tokens and 20 special ones behind."""
+    printable = bytes_to_unicode()
+    lines = TOKENIZERS["tiktoken"][0].read_bytes().splitlines()[:n]
+    ranks = {base64.b64decode(line.split()[0]): rank for rank, line in enumerate(lines)}
+
+    def shown(token: bytes) -> str:
+        return "".join(printable[byte] for byte in token)
+
+    merges = [  # as Hugging Face makes them: every two tokens that together are one
+        f"{shown(token[:i])} {shown(token[i:])}"
+        for token in ranks
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|special_{i}|>" for i in range(18))]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": [shown(token) for token in ranks] + specials,
+        "tokenizer.ggml.token_type": np.array([1] * n + [3] * 20),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": n,
+        "tokenizer.ggml.eos_token_id": n + 1,
+    }
+
+
+@torch.inference_mode()
+def assert_same_logits(path: Path, reference: transformers.LlamaForCausalLM, folder: Path) -> None:
+    """Convert what is at path into the folder; the model must compute as the reference does."""
+    write_checkpoint(open_any(path), folder)
+    model = load_model(Checkpoint(folder), parallel.setup(), torch.float32)
+    ids = torch.randint(VOCABULARY, (2, 50), generator=torch.Generator().manual_seed(1))
+    expected = reference.eval()(ids).logits
+    assert expected.std() > 1
+    torch.testing.assert_close(model(ids), expected, atol=1e-3, rtol=0)
+
+
+def assert_fails(path: Path, message: str) -> None:
+    """Opening what is at path is an error of one line that begins with the path."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked below
+        open_any(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def assert_ranges_are_slices(source: Source) -> None:
+    """Any rows or columns of any weight are those of the whole weight."""
+    chance = random.Random(0)
+    for name, shape in source.shapes.items():
+        whole = source.read(name)
+        assert whole.shape == shape
+        for dim, size in enumerate(shape):
+            ranges = [(0, None), (0, 1), (size - 1, size), (size // 2, None)]
+            ranges += [sorted(chance.sample(range(size + 1), 2)) for _ in range(4)]
+            for start, stop in ranges:
+                found = source.read(name, dim, start, stop)
+                expected = whole[:, start:stop] if dim else whole[start:stop]
+                assert found.equal(expected), (name, dim, start, stop)

@@ -1,0 +1,148 @@
+"""Adapters go in and out of PEFT unchanged; what is no tuned prompt is named and runs no code."""
+
+import peft
+import programs
+import pytest
+import torch
+from conftest import TOKENIZERS, hf_model, make_ckpt, make_params, run_script
+from random_model import random_source
+from safetensors.torch import save_file
+
+from llama import LLaMA
+from llama.tuning.adapter import load_soft_prompt, save_adapter, warn_of_another_model
+from llama.tuning.model import add_soft_prompt, soft_prompt_of
+
+PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
+MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
+DIM = make_params()["dim"]
+
+
+def test_our_adapter_gives_our_logits_in_plain_peft(tmp_path):
+    model = programs.load(make_ckpt(tmp_path / "ckpt", **MODEL))
+    tuned = add_soft_prompt(model, 8, [5, 6, 7], "ckpt")
+    save_adapter(tuned, tmp_path)
+    soft = load_soft_prompt(tmp_path, DIM)
+    assert torch.equal(soft, soft_prompt_of(tuned).detach())
+    source = random_source(make_params(**MODEL))
+    reference = peft.PeftModel.from_pretrained(hf_model(source), tmp_path)
+    ids = torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        embeds = torch.cat((soft.expand(2, -1, -1), model.tok_embeddings(ids)), dim=1)
+        logits = model(inputs_embeds=embeds)
+        torch.testing.assert_close(logits, reference(ids).logits, atol=1e-3, rtol=0)
+    names = {"adapter_config.json", "adapter_model.safetensors", "base_model.json", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"ckpt"}  # nothing else is left
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_an_adapter_of_plain_peft_gives_the_same_text_here(tmp_path, n):
+    torch.manual_seed(n)
+    reference = peft.get_peft_model(
+        hf_model(random_source(make_params(**MODEL))),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    )
+    prompt = soft_prompt_of(reference)
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", n=n, **MODEL)
+    llama = LLaMA.build(make_ckpt(tmp_path / "one", **MODEL), PATH)
+    texts = ["The capital of France is", "Once"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    result = run_script(
+        "example_ft.py",
+        *("--ckpt_dir", ckpt_dir, "--tokenizer_path", PATH, "--temperature", 0),
+        *("--tuning_ckpt_path", tmp_path / "adapter", "--max_gen_len", 12),
+        *("--prompts_file", tmp_path / "prompts.txt"),
+        n=n,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    embed = reference.get_base_model().get_input_embeddings()
+    for text in texts:
+        ids = llama.tokenizer.encode(text)
+        new = []
+        with torch.inference_mode():
+            for _ in range(12):
+                embeds = torch.cat((prompt, embed(torch.tensor(ids + new))))[None]
+                logits = reference.get_base_model()(inputs_embeds=embeds).logits
+                new.append(logits[0, -1].argmax().item())
+        if 2 in new:
+            new = new[: new.index(2)]
+        assert f"{text}{llama._text_after(ids, new)}\n" in result.stdout
+
+
+def test_cached_generation_with_a_prompt_equals_uncached_up_to_the_last_position(tmp_path):
+    llama = LLaMA.build(make_ckpt(tmp_path / "ckpt", **MODEL), PATH, max_seq_len=24)
+    llama.soft_prompt = torch.randn(7, DIM, generator=torch.Generator().manual_seed(0))
+    llama.tokenizer.stop_ids = frozenset()
+    prompts = ["Once", "The capital of France is", "a b c d e f g"]
+    together = llama.generate(prompts, max_gen_len=99, temperature=0)
+    for prompt, output in zip(prompts, together):
+        assert llama.generate([prompt], max_gen_len=99, temperature=0) == [output]
+        ids = llama.tokenizer.encode(prompt)
+        assert 7 + len(ids) + len(output.token) == 24
+        sequence = torch.tensor([ids + output.token])
+        with torch.inference_mode():
+            embeds = torch.cat((llama.soft_prompt[None], llama.model.tok_embeddings(sequence)), 1)
+            choices = llama.model(inputs_embeds=embeds)[0].argmax(-1).tolist()
+        assert choices[7 + len(ids) - 1 : -1] == output.token
+
+
+@pytest.mark.parametrize("key", ["prompt_embeddings", "embedding.weight"])
+def test_old_files_are_read(tmp_path, key):
+    prompt = torch.randn(3, DIM)
+    torch.save({key: prompt}, tmp_path / "adapter_model.bin")
+    for path in (tmp_path, tmp_path / "adapter_model.bin"):
+        assert torch.equal(load_soft_prompt(path, DIM), prompt)
+    save_file({key: prompt}, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(load_soft_prompt(tmp_path / "adapter_model.safetensors", DIM), prompt)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def in_folder(folder, name, content):
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+
+
+BAD_ADAPTERS = {
+    "missing": (lambda f: None, "no such adapter"),
+    "empty folder": (lambda f: f.mkdir(), "no adapter_model.safetensors or"),
+    "other dim": (lambda f: torch.save({"prompt_embeddings": torch.ones(3, 8)}, f), "dim is 64"),
+    "vector": (lambda f: torch.save({"prompt_embeddings": torch.ones(64)}, f), "shape"),
+    "other keys": (lambda f: torch.save({"lora_A": torch.ones(3, 64)}, f), "no tuned prompt"),
+    "no numbers": (
+        lambda f: torch.save({"prompt_embeddings": torch.full((3, 64), torch.nan)}, f),
+        "no numbers",
+    ),
+    "code": (lambda f: torch.save({"prompt_embeddings": RunsCode()}, f), "more than tensors"),
+    "memory": (
+        lambda f: f.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."),
+        "present format, or damaged",
+    ),
+    "text": (lambda f: f.write_text("hello"), "damaged"),
+    "no tensors": (lambda f: torch.save([1, 2], f), "no tuned prompt"),
+    "damaged": (lambda f: in_folder(f, "adapter_model.safetensors", b"\xff" * 100), "damaged"),
+    "LoRA": (lambda f: in_folder(f, "adapter_config.json", b'{"peft_type": "LORA"}'), "type LORA"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_what_is_no_tuned_prompt_is_named(tmp_path, capfd, make, message):
+    make(tmp_path / "adapter")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load_soft_prompt(tmp_path / "adapter", DIM)
+    assert str(error.value).count(str(tmp_path / "adapter")) == 1
+    assert "this code ran" not in capfd.readouterr().out
+
+
+def test_an_adapter_of_another_model_is_used_with_a_warning(tmp_path, capsys):
+    model = programs.load(make_ckpt(tmp_path / "ckpt", **MODEL))
+    save_adapter(add_soft_prompt(model, 8, [5], "ckpt"), tmp_path)
+    warn_of_another_model(tmp_path, model)
+    warn_of_another_model(tmp_path, programs.load(tmp_path / "ckpt", torch.bfloat16))
+    assert capsys.readouterr().err == ""
+    other = programs.load(make_ckpt(tmp_path / "other", **MODEL, norm_eps=1e-2))
+    warn_of_another_model(tmp_path, other)
+    assert "trained on another model (it differs in norm_eps)" in capsys.readouterr().err

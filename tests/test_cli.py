@@ -1,0 +1,104 @@
+"""The command line: flags by their types, help, mistakes in one line, memory watched."""
+
+import os
+import sys
+
+import programs
+import pytest
+from conftest import REPO, run_script
+
+from llama import cli
+
+SCRIPTS = ["split_model.py", "convert_model.py", "example.py", "example_ft.py", "ft_main.py"]
+
+
+def script(ckpt_dir: str, from_: str = "x", n: int | None = None, top_p: float = 0.5,
+           verify: bool = False) -> None:  # fmt: skip
+    """Do nothing.
+
+    Args:
+        ckpt_dir: a folder.
+    """
+
+
+def parse(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    return cli.parse_flags(script)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        (["--ckpt_dir", "a"], {}),
+        (["--ckpt_dir=a", "--n=3"], {"n": 3}),
+        (["--ckpt-dir", "a", "--from", "1.10"], {"from_": "1.10"}),
+        (["--ckpt_dir", "a", "--from", "one, two"], {"from_": "one, two"}),
+        (["--ckpt_dir", "a", "--from="], {"from_": ""}),
+        (["--ckpt_dir", "a", "--from", "-"], {"from_": "-"}),
+        (["--ckpt_dir", "a", "--top_p", "1"], {"top_p": 1.0}),
+        (["--ckpt_dir", "a", "--top_p", "-1e-3"], {"top_p": -1e-3}),
+        (["--verify", "--ckpt_dir", "a"], {"verify": True}),
+        (["--verify", "False", "--ckpt_dir", "a"], {"verify": False}),
+    ],
+)
+def test_flags_are_taken_by_their_types(monkeypatch, arguments, given):
+    assert parse(monkeypatch, *arguments) == {"ckpt_dir": "a"} | given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--ckpt_dir is needed"),
+        (["--ckptdir", "a"], "no flag --ckptdir; did you mean --ckpt_dir?"),
+        (["--ckpt_dir", "a", "word"], "no flag word; see --help"),
+        (["--ckpt_dir"], "--ckpt_dir needs a value"),
+        (["--ckpt_dir", "--verify"], "--ckpt_dir needs a value"),
+        (["--ckpt_dir", "a", "--n", "x"], "--n wants int, not 'x'"),
+        (["--ckpt_dir", "a", "--n", "1.5"], "--n wants int, not '1.5'"),
+        (["--ckpt_dir", "a", "--top_p", "hot"], "--top_p wants float, not 'hot'"),
+        (["--ckpt_dir", "a", "--verify=maybe"], "--verify wants bool, not 'maybe'"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_named(monkeypatch, arguments, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked below
+        parse(monkeypatch, *arguments)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_reads_well_and_neither_it_nor_a_mistyped_flag_imports_torch(tmp_path, name):
+    for package in ("torch", "transformers", "fairscale"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('it takes seconds')")
+    without = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
+    shown = run_script(name, "--help", env=without)
+    mistyped = run_script(name, "--ckptdir", "x", env=without)
+    assert shown.returncode == 0
+    assert "--dtype=DTYPE" in shown.stdout
+    assert "float32, bfloat16 or float16" in shown.stdout  # what it means, not its name alone
+    for unwanted in ("FIRE", "POSITIONAL", "Optional", ", --"):
+        assert unwanted not in shown.stdout
+    assert "from_" not in shown.stdout.lower()
+    assert shown.stderr == ""
+    assert mistyped.returncode == 1
+    assert mistyped.stderr.startswith("error: no flag --ckptdir")
+    assert mistyped.stderr.count("\n") == 1
+
+
+def test_a_mistyped_flag_is_answered_once_on_several_ranks():
+    result = run_script("example.py", "--ckptdir", "x", "--tokenizer_path", "y", n=2)
+    assert result.returncode == 1
+    assert result.stderr.count("error: no flag --ckptdir") == 1
+    assert result.stdout == ""
+
+
+def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path, on_ranks):
+    mapped, held = on_ranks(None, programs.watched_memory, path=str(tmp_path / "x.pth"))
+    assert mapped < 16 << 20
+    assert held > (64 << 20) * 0.9
+
+
+def test_foreign_text_in_a_message_is_tame():
+    text = cli.first_few(["evil\nerror: all fine\x1b[31m", "long" * 100_000, "c", "d", "e"])
+    assert text.isprintable()
+    assert len(text) < 1200
+    assert text.endswith("and 1 more")

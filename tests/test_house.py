@@ -1,0 +1,76 @@
+"""The house stays as it is drawn: which file may import which, and how long files may be."""
+
+import ast
+import re
+
+import pytest
+from conftest import REPO, run_script
+
+# From the ground up: a file imports only files that stand before it, so no way leads back.
+GROUND = ["layers", "parallel", "cli", "options", "files", "model", "tokenizer"]
+CHECKPOINT = ["params", "weights", "manifest", "folder", "write", "hf", "gguf_tokenizer", "gguf"]
+CHECKPOINT += ["convert"]
+GENERATION = ["generation", "prompts"]
+TUNING = ["options", "adapter", "data", "model", "trainer"]
+ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
+ORDER += [f"tuning.{name}" for name in TUNING]
+# And these know nothing of each other, though one stands before the other.
+STRANGERS = [
+    ("model", ("files", "cli", "options")),  # the model knows nothing of files or text
+    ("layers", ("files", "cli", "options")),
+    ("checkpoint", ("layers", "generation", "prompts")),  # weights, not modules
+    ("tuning", ("generation", "prompts")),
+]
+PACKAGE = REPO / "llama"
+
+
+def imports_of(name: str) -> set[str]:
+    """The files of llama that a file imports, by their names in ORDER."""
+    path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module.removeprefix("llama.") for module in modules} & set(ORDER)
+
+
+def test_every_file_has_its_place():
+    found = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    assert {".".join(path.parts) for path in found if path.name != "__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_below_it(name):
+    below = set(ORDER[: ORDER.index(name)])
+    assert imports_of(name) <= below
+    for room, unknown in STRANGERS:
+        if name == room or name.startswith(f"{room}."):
+            assert not imports_of(name) & set(unknown)
+
+
+def test_files_can_be_read_in_one_sitting():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+    for path in REPO.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path
+
+
+def test_every_weight_is_listed_once():
+    """No file but the table names the twelve kinds of weight."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "weights.py":
+            assert not re.search(r"attention\.w[qkvo]|q_proj|attn_q", path.read_text()), path
+
+
+def test_an_adapter_is_read_without_transformers_and_help_without_torch(tmp_path):
+    for code, unwanted in (
+        ("import llama.tuning.adapter", ("transformers", "peft")),
+        ("import llama.generation", ("transformers", "peft", "llama.tuning")),
+        ("import llama.options, llama.tuning.options", ("torch", "transformers")),
+    ):
+        script = tmp_path / "script.py"
+        script.write_text(f"import sys\n{code}\nprint(*sorted(sys.modules))\n")
+        loaded = run_script(script).stdout.split()
+        assert not set(unwanted) & set(loaded), code

@@ -1,0 +1,289 @@
+"""n ranks learn what one learns; a run that was killed goes on from its last whole checkpoint.
+
+Start reading at tune(), a run in this process, and tune_on_ranks(), one as a user starts it.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import REPO, TOKENIZERS, make_ckpt, run_script
+from safetensors.torch import load_file
+
+import ft_main
+from llama.tuning.options import TuningOptions
+from llama.tuning.trainer import newest_checkpoint
+
+PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
+MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
+DATASET = REPO / "datasets" / "short_answers.json"
+RUN = {  # what is learned on several numbers of ranks
+    **{"max_steps": 20, "warmup_steps": 2, "batch_size": 4},
+    **{"save_steps": 10, "val_set_size": 8, "eval_steps": 10},
+}
+
+
+def options_of(folder: Path, name: str, n: int = 1, **changes) -> dict:
+    """Options of a short run on a tiny model, which is made where there is none yet."""
+    if not (folder / f"ckpt{n}").exists():
+        make_ckpt(folder / f"ckpt{n}", n=n, **MODEL)
+    return {
+        "ckpt_dir": str(folder / f"ckpt{n}"),
+        "tokenizer_path": str(PATH),
+        "dataset_path": str(DATASET),
+        "output_dir": str(folder / name),
+        "max_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "batch_size": 2,
+        "max_seq_len": 96,
+        "num_virtual_tokens": 8,
+        "lr": 1e-3,
+        "save_steps": 2,
+        "logging_steps": 1,
+    } | changes
+
+
+def tune(folder: Path, name: str, **changes) -> Path:
+    """Train in this process; returns the output folder."""
+    ft_main.main(TuningOptions(**options_of(folder, name, **changes)))
+    return folder / name
+
+
+def flags_of(options: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def tune_on_ranks(folder: Path, name: str, n: int, **changes) -> subprocess.CompletedProcess:
+    """Train as a user does, over n ranks."""
+    return run_script("ft_main.py", *flags_of(options_of(folder, name, n, **changes)), n=n)
+
+
+def losses(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(row["step"], row[key]) for row in history if key in row]
+
+
+def prompt_of(folder: Path) -> torch.Tensor:
+    return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run on 1, 2 and 4 ranks: the folder they are in, and what each said."""
+    folder = tmp_path_factory.mktemp("runs")
+    said = {}
+    for n in (1, 2, 4):
+        before = hashes(make_ckpt(folder / f"ckpt{n}", n=n, **MODEL))
+        result = tune_on_ranks(folder, f"out{n}", n, **RUN)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert hashes(folder / f"ckpt{n}") == before
+        said[n] = result.stderr
+    return folder, said
+
+
+def test_any_number_of_ranks_learns_the_same(runs):
+    one, *others = (runs[0] / f"out{n}" for n in (1, 2, 4))
+    expected = losses(one) + losses(one, "eval_loss")
+    assert len(losses(one)) == 20
+    evaluations = [loss for _, loss in losses(one, "eval_loss")]
+    assert evaluations[0] > evaluations[-1]  # before and after
+    for folder in others:
+        found = losses(folder) + losses(folder, "eval_loss")
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        values = [torch.tensor([loss for _, loss in run]) for run in (found, expected)]
+        torch.testing.assert_close(*values, rtol=1e-4, atol=0)
+        torch.testing.assert_close(prompt_of(folder), prompt_of(one), rtol=0, atol=1e-4)
+
+
+def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs):
+    folder, said = runs
+    for n, text in said.items():
+        assert text.count("cut 129 of 207 rows to max_seq_len 88") == 1
+        assert text.count("step 10 of 20: loss") == 1
+        out = folder / f"out{n}"
+        for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-20"):
+            assert (out / name).exists(), name
+        held = {path.name: path.stat().st_size for path in (out / "checkpoint-10").iterdir()}
+        assert held.keys() >= {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt"}
+        assert sum(held.values()) < 100_000
+
+
+def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):
+    folder, reference, out = runs[0], runs[0] / "out2", runs[0] / "killed"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["ft_main.py", *flags_of(options_of(folder, "killed", 2, **RUN))]
+    agent = subprocess.Popen(command, cwd=REPO, text=True, stderr=subprocess.PIPE)
+    for line in agent.stderr:
+        if line.startswith("step 14 "):  # between the saves of steps 10 and 20
+            ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+            os.kill(int(ranks[1]), signal.SIGKILL)
+            break
+    began = time.monotonic()
+    message = agent.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 30
+    assert agent.returncode == 1
+    assert message.count("error: another rank ended") == 1
+    assert (out / "checkpoint-10").is_dir()
+    assert not (out / "adapter_config.json").exists()
+    resumed = tune_on_ranks(folder, "killed", 2, resume=True, **RUN)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    after = [(step, loss) for step, loss in losses(out) if step > 10]
+    assert after == [(step, loss) for step, loss in losses(reference) if step > 10]
+    assert torch.equal(prompt_of(out), prompt_of(reference))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A tiny model with the output of a run of four steps."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return folder, tune(folder, "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "holds another run"),
+        ({"resume": True, "num_virtual_tokens": 9}, "8 virtual tokens, but"),
+        ({"resume": True, "ckpt_dir": "other"}, "another model .it differs in norm_eps"),
+        ({"resume": True, "batch_size": 3, "seed": 1}, "begun with another batch_size, seed;"),
+        ({"resume": True, "dtype": "bfloat16"}, "begun with another dtype;"),
+        ({"output_dir": "new1", "resume": True}, "no whole checkpoint to resume"),
+        ({"output_dir": "new2", "dataset_path": "none.json"}, "none.json"),
+        ({"output_dir": "new3", "max_seq_len": 20}, "no row leaves room"),
+        ({"output_dir": "new4", "lr": 1e38, "warmup_steps": 0}, "no numbers any more; lower --lr"),
+    ],
+)
+def test_a_bad_request_is_named_and_leaves_a_run_alone(tuned, monkeypatch, changes, message):
+    folder, out = tuned
+    before = hashes(out / "checkpoint-4")
+    monkeypatch.chdir(folder)
+    if "ckpt_dir" in changes:
+        make_ckpt(folder / "other", **MODEL, norm_eps=1e-3)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        tune(folder, "out", **changes)
+    assert hashes(out / "checkpoint-4") == before
+
+
+def test_a_bad_request_to_several_ranks_is_one_line(tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
+    result = tune_on_ranks(tmp_path, "out", 2, dataset_path=rows)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {rows}, row 2: ")
+    assert result.stderr.count("error: ") == 1
+
+
+def spoil(name, content):
+    return lambda folder: (folder / name).write_bytes(content(folder / name))
+
+
+class RunsSystem:
+    def __reduce__(self):
+        return (os.system, ("touch this_code_ran",))
+
+
+def pickled(path: Path) -> bytes:
+    torch.save(RunsSystem(), path)
+    return path.read_bytes()
+
+
+DAMAGE = {
+    "optimizer cut": (
+        spoil("optimizer.pt", lambda p: p.read_bytes()[:100]),
+        "optimizer.pt: damaged",
+    ),
+    "rng cut": (spoil("rng_state.pth", lambda p: b""), "rng_state.pth: damaged"),
+    "state cut": (spoil("trainer_state.json", lambda p: b"{"), "trainer_state.json: unreadable"),
+    "optimizer runs code": (spoil("optimizer.pt", pickled), "optimizer.pt: damaged"),
+    "scheduler runs code": (spoil("scheduler.pt", pickled), "scheduler.pt: damaged"),
+    "rng runs code": (spoil("rng_state.pth", pickled), "rng_state.pth: damaged"),
+    "incomplete": (lambda f: (f / "optimizer.pt").unlink(), None),
+    "adapter gone": (lambda f: (f / "adapter_model.safetensors").unlink(), None),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_an_incomplete_one_passed_over(
+    tuned, tmp_path, monkeypatch, damage, message
+):
+    out = tmp_path / "out"
+    shutil.copytree(tuned[1], out)
+    (out / "checkpoint-best").mkdir()
+    (out / "checkpoint-9-bak").mkdir()
+    assert newest_checkpoint(out) == out / "checkpoint-4"
+    monkeypatch.chdir(tmp_path)
+    damage(out / "checkpoint-4")
+    if message is None:
+        assert newest_checkpoint(out) == out / "checkpoint-2"
+    else:
+        with pytest.raises(ValueError, match=message):
+            newest_checkpoint(out)
+    assert not (tmp_path / "this_code_ran").exists()
+
+
+def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned):
+    folder, out = tuned
+    again = shutil.copytree(out, folder / "again")
+    (again / "adapter_model.safetensors").unlink()
+    tune(folder, "again", save_steps=1, resume=True)
+    assert torch.equal(prompt_of(again), prompt_of(out))
+    assert losses(again) == losses(out)
+    tune(folder, "again", max_steps=6, save_steps=1, resume=True)
+    assert [step for step, _ in losses(again)] == [1, 2, 3, 4, 5, 6]
+    assert (again / "checkpoint-5").is_dir()  # as asked now, not as the first run was
+
+
+def test_a_checkpoint_is_replaced_by_a_run_that_is_trained_beyond_it_again(tuned):
+    folder, out = tuned
+    again = shutil.copytree(out, folder / "replaced")
+    (again / "checkpoint-4" / "optimizer.pt").unlink()
+    tune(folder, "replaced", resume=True)
+    assert newest_checkpoint(again) == again / "checkpoint-4"
+    assert losses(again) == losses(out)
+    assert torch.equal(prompt_of(again), prompt_of(out))
+    assert not [path for path in again.iterdir() if path.name[0] == "."]
+
+
+def test_a_run_that_came_to_nothing_leaves_its_folder_usable(tmp_path):
+    with pytest.raises(ValueError, match="--val_set_size 1000 cannot be taken out of"):
+        tune(tmp_path, "out", val_set_size=1000)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / ".checkpoint-2.partial").mkdir()  # as a run leaves it that is killed
+    assert (tune(tmp_path, "out", max_steps=1) / "adapter_config.json").is_file()
+
+
+def test_without_the_package_datasets_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))  # as our folder looks
+    monkeypatch.delitem(sys.modules, "llama.tuning.trainer")
+    with pytest.raises(ImportError, match="pip install datasets"):
+        importlib.import_module("llama.tuning.trainer")
+
+
+def test_epochs_with_evaluation_resume_bit_equal(tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(json.loads(DATASET.read_text())[:45]))
+    options = {"max_steps": -1, "num_epochs": 2.0, "gradient_accumulation_steps": 4}
+    options |= {"batch_size": 4, "val_set_size": 7, "eval_steps": 3, "dataset_path": str(rows)}
+    reference = tune(tmp_path, "whole", **options)
+    assert losses(reference)[-1][0] == 6  # 38 rows are 3 steps a pass, the last one of 6 rows
+    out = tmp_path / "out"
+    shutil.copytree(reference / "checkpoint-4", out / "checkpoint-4")
+    tune(tmp_path, "out", resume=True, **options)
+    assert losses(out) == losses(reference)
+    evaluations = [dict(losses(folder, "eval_loss")) for folder in (out, reference)]
+    assert evaluations[0].items() >= evaluations[1].items()
+    assert torch.equal(prompt_of(out), prompt_of(reference))
