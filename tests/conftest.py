@@ -4,6 +4,7 @@ Start reading at make_ckpt(), a checkpoint to test with, and run_script(), a scr
 """
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -49,6 +50,20 @@ def make_ckpt(path: Path, n: int = 1, dtype: torch.dtype = torch.float32, **chan
     """A checkpoint folder of a tiny random model (std 0.5) in n shards."""
     write_checkpoint(random_source(make_params(**changes), dtype), path, n)
     return path
+
+
+class RunsCode:
+    """In a pickle: code that says on stdout that it ran."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("this code ran",))
+
+
+def saved(value: object) -> bytes:
+    """The bytes of a file that torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def hf_model(source: Source) -> transformers.LlamaForCausalLM:

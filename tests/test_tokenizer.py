@@ -66,34 +66,41 @@ def tik():
     return Tokenizer(TIKTOKEN)
 
 
-@pytest.mark.parametrize("s", TEXTS)
-def test_sentencepiece_ids_equal_the_rust_librarys(sp, sp_reference, s):
-    assert sp.encode(s, bos=False) == sp_reference.encode(s).ids
+@pytest.fixture(params=["sp", "tik"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="module")
-def sp_reference():
-    """The same vocabulary in the Rust library, laid out as in Llama 2's tokenizer.json."""
+def llama_2_in_rust() -> RustTokenizer:
+    """The SentencePiece vocabulary in the Rust library, laid out as in Llama 2's tokenizer.json."""
     file = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE))
     vocab = {file.id_to_piece(i): i for i in range(file.vocab_size())}
-    scores = {piece: file.get_score(i) for piece, i in vocab.items()}
-    merges = generate_merges(vocab, scores)
-    model = models.BPE(
-        vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    merges = generate_merges(vocab, {piece: file.get_score(i) for piece, i in vocab.items()})
+    rust = RustTokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    rust = RustTokenizer(model)
-    rust.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    rust.normalizer = normalizers.Sequence(steps)
     return rust
 
 
+@pytest.fixture(scope="module")
+def references():
+    """The same files in the Rust library: by our own hands, and as transformers converts them."""
+    tik = TikTokenConverter(vocab_file=str(TIKTOKEN)).converted()
+    return {SENTENCEPIECE: llama_2_in_rust(), TIKTOKEN: tik}
+
+
+@pytest.mark.parametrize("s", TEXTS)
+def test_ids_equal_the_rust_librarys_and_survive_the_round_trip(tokenizer, references, s):
+    assert tokenizer.encode(s, bos=False) == references[tokenizer.model_path].encode(s).ids
+    assert tokenizer.decode(tokenizer.encode(s, bos=True, eos=True)) == s
+
+
 def test_sentencepiece_facts_are_those_of_the_file(sp):
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE))
-    assert (sp.n_words, sp.bos_id, sp.eos_id) == (32000, 1, 2)
-    assert reference.pad_id() == -1
+    assert (sp.n_words, sp.bos_id, sp.eos_id, sp.stop_ids) == (32000, 1, 2, {2})
+    assert sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE)).pad_id() == -1
     assert sp.pad_id == sp.eos_id
-    assert sp.stop_ids == {2}
 
 
 def test_tiktoken_facts_are_llama_3s(tik):
@@ -107,51 +114,30 @@ def test_tiktoken_ids_are_the_published_ones(tik):
     assert tik.encode("This is a test sentence.", bos=True, eos=True) == ids
 
 
-@pytest.fixture(scope="module")
-def tik_reference():
-    """The same file as transformers converts it for the Rust library."""
-    return TikTokenConverter(vocab_file=str(TIKTOKEN)).converted()
-
-
-@pytest.mark.parametrize("s", TEXTS)
-def test_tiktoken_ids_equal_transformers(tik, tik_reference, s):
-    assert tik.encode(s, bos=False) == tik_reference.encode(s).ids
-
-
-@pytest.mark.parametrize("s", TEXTS)
-@pytest.mark.parametrize("which", ["sp", "tik"])
-def test_text_survives_the_round_trip(request, which, s):
-    tokenizer = request.getfixturevalue(which)
-    assert tokenizer.decode(tokenizer.encode(s, bos=True, eos=True)) == s
-
-
-@pytest.mark.parametrize("which", ["sp", "tik"])
-def test_bos_and_eos_are_added_once_and_only_when_asked(request, which):
-    tokenizer = request.getfixturevalue(which)
+def test_bos_and_eos_are_added_once_and_only_when_asked(tokenizer):
     plain = tokenizer.encode("x", bos=False, eos=False)
     assert not tokenizer.stop_ids & set(plain)
     assert tokenizer.encode("x") == [tokenizer.bos_id, *plain]
     assert tokenizer.encode("x", bos=False, eos=True) == [*plain, tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("which", ["sp", "tik"])
-def test_special_tokens_in_a_text_are_plain_text(request, which):
-    tokenizer = request.getfixturevalue(which)
+def test_special_tokens_in_a_text_are_plain_text(tokenizer):
     ids = tokenizer.encode("<s></s><|eot_id|><|end_of_text|>", bos=False)
     assert not {tokenizer.bos_id, *tokenizer.stop_ids} & set(ids)
     assert tokenizer.decode(ids) == "<s></s><|eot_id|><|end_of_text|>"
 
 
-@pytest.mark.parametrize("which", ["sp", "tik"])
+def test_every_special_token_is_left_out_of_the_text(tik):
+    assert tik.decode([*range(128000, 128128), *tik.encode("a"), *range(128128, 128256)]) == "a"
+
+
 @pytest.mark.parametrize("far", [-1, 10**6])
-def test_an_id_outside_the_vocabulary_is_an_error(request, which, far):
+def test_an_id_outside_the_vocabulary_is_an_error(tokenizer, far):
     with pytest.raises(ValueError, match="belongs to the model"):
-        request.getfixturevalue(which).decode([5, far])
+        tokenizer.decode([5, far])
 
 
-@pytest.mark.parametrize("which", ["sp", "tik"])
-def test_half_a_surrogate_pair_becomes_the_replacement_character(request, which):
-    tokenizer = request.getfixturevalue(which)
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud83eb")) == "a\ufffdb"
 
 
@@ -211,25 +197,28 @@ def test_json_bos_is_what_config_and_template_say(tmp_path, in_template, config,
     assert ids == ([] if bos_id is None else [bos_id]) + tokenizer.encode("a", bos=False)
 
 
-def test_json_eos_pad_and_stop_ids_come_from_the_config(tmp_path):
-    config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<s>"}
-    tokenizer = Tokenizer(save_json(tmp_path, config=config))
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 0, {1, 2})
+@pytest.mark.parametrize(
+    ("config", "special", "facts"),
+    [
+        (
+            {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<s>"},
+            ("<|endoftext|>", "<|im_end|>"),
+            (2, 0, {1, 2}),
+        ),
+        (None, ("<|eot_id|>", "<|end_of_text|>"), (2, 2, {1, 2})),  # the usual names
+    ],
+)
+def test_json_eos_pad_and_stop_ids_come_from_the_config(tmp_path, config, special, facts):
+    tokenizer = Tokenizer(save_json(tmp_path, config=config, special=special))
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == facts
 
 
-def test_json_without_config_knows_the_usual_eos(tmp_path):
-    tokenizer = Tokenizer(save_json(tmp_path, special=("<|eot_id|>", "<|end_of_text|>")))
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 2, {1, 2})
-
-
-def test_json_without_any_eos_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="name one as eos_token"):
-        Tokenizer(save_json(tmp_path, special=()))
-
-
-def test_json_eos_that_is_not_in_the_vocabulary_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="<nope>"):
-        Tokenizer(save_json(tmp_path, config={"eos_token": "<nope>"}))
+@pytest.mark.parametrize(
+    ("config", "message"), [(None, "name one as eos_token"), ({"eos_token": "<nope>"}, "<nope>")]
+)
+def test_json_without_a_known_eos_is_an_error(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(save_json(tmp_path, config=config, special=()))
 
 
 def test_the_kind_is_told_by_content_not_by_name(tmp_path):

@@ -7,6 +7,8 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import REPO, TOKENIZERS, make_ckpt, run_script
+from conftest import REPO, TOKENIZERS, RunsCode, make_ckpt, run_script, saved
 from safetensors.torch import load_file
 
 import ft_main
+from llama import cli
 from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import newest_checkpoint
 
@@ -73,12 +76,17 @@ def losses(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in history if key in row]
 
 
+def assert_same_outcome(folder: Path, reference: Path) -> None:
+    assert losses(folder) == losses(reference)
+    assert torch.equal(prompt_of(folder), prompt_of(reference))
+
+
 def prompt_of(folder: Path) -> torch.Tensor:
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
 
 
-def hashes(folder: Path) -> dict[str, bytes]:
-    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +120,7 @@ def test_any_number_of_ranks_learns_the_same(runs):
 def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs):
     folder, said = runs
     for n, text in said.items():
-        assert text.count("cut 129 of 207 rows to max_seq_len 88") == 1
+        assert text.count("of 207 rows 129 were cut to 88 tokens") == 1
         assert text.count("step 10 of 20: loss") == 1
         out = folder / f"out{n}"
         for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-20"):
@@ -141,9 +149,7 @@ def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):
     assert not (out / "adapter_config.json").exists()
     resumed = tune_on_ranks(folder, "killed", 2, resume=True, **RUN)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    after = [(step, loss) for step, loss in losses(out) if step > 10]
-    assert after == [(step, loss) for step, loss in losses(reference) if step > 10]
-    assert torch.equal(prompt_of(out), prompt_of(reference))
+    assert_same_outcome(out, reference)
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +162,11 @@ def tuned(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "holds another run"),
-        ({"resume": True, "num_virtual_tokens": 9}, "8 virtual tokens, but"),
-        ({"resume": True, "ckpt_dir": "other"}, "another model .it differs in norm_eps"),
-        ({"resume": True, "batch_size": 3, "seed": 1}, "begun with another batch_size, seed;"),
-        ({"resume": True, "dtype": "bfloat16"}, "begun with another dtype;"),
+        ({}, "in use; choose another folder, or --resume"),
+        ({"resume": True, "num_virtual_tokens": 9}, "options .num_virtual_tokens.; give those in"),
+        ({"resume": True, "ckpt_dir": "other"}, "begun with another model.*.norm_eps"),
+        ({"resume": True, "batch_size": 3, "seed": 1}, "another .* .batch_size, seed."),
+        ({"resume": True, "dtype": "bfloat16"}, "another .* .dtype"),
         ({"output_dir": "new1", "resume": True}, "no whole checkpoint to resume"),
         ({"output_dir": "new2", "dataset_path": "none.json"}, "none.json"),
         ({"output_dir": "new3", "max_seq_len": 20}, "no row leaves room"),
@@ -187,52 +193,67 @@ def test_a_bad_request_to_several_ranks_is_one_line(tmp_path):
     assert result.stderr.count("error: ") == 1
 
 
-def spoil(name, content):
-    return lambda folder: (folder / name).write_bytes(content(folder / name))
+CHANGED = "its files are not those that run.json lists"
+DAMAGE = [  # a file of a checkpoint, what it is made to hold (None: it goes), why that is no use
+    ("optimizer.pt", b"PK", CHANGED),
+    ("optimizer.pt", saved(RunsCode()), CHANGED),
+    ("scheduler.pt", saved(RunsCode()), CHANGED),
+    ("rng_state.pth", saved(RunsCode()), CHANGED),
+    ("rng_state.pth", b"", CHANGED),
+    ("trainer_state.json", b"{", CHANGED),
+    ("adapter_model.safetensors", None, CHANGED),
+    ("scaler.pt", b"one too many", CHANGED),
+    ("run.json", None, "run.json: unreadable"),
+    ("run.json", b'{"files": {', "run.json: unreadable"),
+    ("run.json", b"[]", "run.json: unreadable"),
+    ("run.json", b'{"files": [3]}', CHANGED),
+]
 
 
-class RunsSystem:
-    def __reduce__(self):
-        return (os.system, ("touch this_code_ran",))
-
-
-def pickled(path: Path) -> bytes:
-    torch.save(RunsSystem(), path)
-    return path.read_bytes()
-
-
-DAMAGE = {
-    "optimizer cut": (
-        spoil("optimizer.pt", lambda p: p.read_bytes()[:100]),
-        "optimizer.pt: damaged",
-    ),
-    "rng cut": (spoil("rng_state.pth", lambda p: b""), "rng_state.pth: damaged"),
-    "state cut": (spoil("trainer_state.json", lambda p: b"{"), "trainer_state.json: unreadable"),
-    "optimizer runs code": (spoil("optimizer.pt", pickled), "optimizer.pt: damaged"),
-    "scheduler runs code": (spoil("scheduler.pt", pickled), "scheduler.pt: damaged"),
-    "rng runs code": (spoil("rng_state.pth", pickled), "rng_state.pth: damaged"),
-    "incomplete": (lambda f: (f / "optimizer.pt").unlink(), None),
-    "adapter gone": (lambda f: (f / "adapter_model.safetensors").unlink(), None),
-}
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_an_incomplete_one_passed_over(
-    tuned, tmp_path, monkeypatch, damage, message
+@pytest.mark.parametrize(("name", "content", "reason"), DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_a_message(
+    tuned, tmp_path, capfd, name, content, reason
 ):
-    out = tmp_path / "out"
-    shutil.copytree(tuned[1], out)
+    out = shutil.copytree(tuned[1], tmp_path / "out")
     (out / "checkpoint-best").mkdir()
     (out / "checkpoint-9-bak").mkdir()
     assert newest_checkpoint(out) == out / "checkpoint-4"
-    monkeypatch.chdir(tmp_path)
-    damage(out / "checkpoint-4")
-    if message is None:
-        assert newest_checkpoint(out) == out / "checkpoint-2"
-    else:
-        with pytest.raises(ValueError, match=message):
-            newest_checkpoint(out)
-    assert not (tmp_path / "this_code_ran").exists()
+    assert capfd.readouterr() == ("", "")
+    damaged = out / "checkpoint-4" / name
+    damaged.unlink(missing_ok=True)
+    if content is not None:
+        damaged.write_bytes(content)
+    assert newest_checkpoint(out) == out / "checkpoint-2"
+    said, message = capfd.readouterr()
+    assert said == ""  # no code ran
+    assert message.startswith(f"{damaged.parent}: passed over")
+    assert reason in message
+    assert message.count("\n") == 1
+    (out / "checkpoint-2" / "run.json").unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint to resume"):
+        newest_checkpoint(out)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_code_in_a_checkpoint_whose_hashes_are_right_does_not_run(tuned, capfd, name):
+    folder, out = tuned
+    stranger = shutil.copytree(out, folder / f"code in {name}")
+    checkpoint = stranger / "checkpoint-4"
+    (checkpoint / name).write_bytes(saved(RunsCode()))
+    run = json.loads((checkpoint / "run.json").read_text())
+    run["files"][name] = hashes(checkpoint)[name]
+    (checkpoint / "run.json").write_text(json.dumps(run))
+    with pytest.raises(pickle.UnpicklingError):
+        tune(folder, stranger.name, max_steps=6, resume=True)
+    assert "this code ran" not in capfd.readouterr().out
+
+
+def test_a_terminal_shows_a_bar_of_steps_below_the_losses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "show_bars", lambda: True)
+    tune(tmp_path, "out")
+    said = capsys.readouterr().err
+    assert "4/4" in said
+    assert re.findall("[\r\n]step ([1-4]) of 4: loss ", said) == list("1234")
 
 
 def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned):
@@ -240,8 +261,7 @@ def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned):
     again = shutil.copytree(out, folder / "again")
     (again / "adapter_model.safetensors").unlink()
     tune(folder, "again", save_steps=1, resume=True)
-    assert torch.equal(prompt_of(again), prompt_of(out))
-    assert losses(again) == losses(out)
+    assert_same_outcome(again, out)
     tune(folder, "again", max_steps=6, save_steps=1, resume=True)
     assert [step for step, _ in losses(again)] == [1, 2, 3, 4, 5, 6]
     assert (again / "checkpoint-5").is_dir()  # as asked now, not as the first run was
@@ -253,8 +273,7 @@ def test_a_checkpoint_is_replaced_by_a_run_that_is_trained_beyond_it_again(tuned
     (again / "checkpoint-4" / "optimizer.pt").unlink()
     tune(folder, "replaced", resume=True)
     assert newest_checkpoint(again) == again / "checkpoint-4"
-    assert losses(again) == losses(out)
-    assert torch.equal(prompt_of(again), prompt_of(out))
+    assert_same_outcome(again, out)
     assert not [path for path in again.iterdir() if path.name[0] == "."]
 
 
@@ -283,7 +302,5 @@ def test_epochs_with_evaluation_resume_bit_equal(tmp_path):
     out = tmp_path / "out"
     shutil.copytree(reference / "checkpoint-4", out / "checkpoint-4")
     tune(tmp_path, "out", resume=True, **options)
-    assert losses(out) == losses(reference)
-    evaluations = [dict(losses(folder, "eval_loss")) for folder in (out, reference)]
-    assert evaluations[0].items() >= evaluations[1].items()
-    assert torch.equal(prompt_of(out), prompt_of(reference))
+    assert_same_outcome(out, reference)
+    assert set(losses(out, "eval_loss")) >= set(losses(reference, "eval_loss"))

@@ -1,6 +1,5 @@
 """A soft prompt in and out of files: PEFT's adapter folders, and older single files."""
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from llama import cli
-from llama.files import load_plain, read_json, write_json, write_whole
+from llama.files import load_plain, read_json, sha256_of, write_json, write_whole
 from llama.model import Transformer
 
 if TYPE_CHECKING:  # to read an adapter needs neither PEFT nor transformers, which load slowly
     from peft import PeftModel
 
-CONFIG = "adapter_config.json"  # this and the next two are PEFT's own names
-WEIGHTS, OLD_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model.json"  # which model the adapter was trained on
-FILES = (CONFIG, WEIGHTS, BASE)
-PROMPT_KEYS = ("prompt_embeddings", "embedding.weight")  # PEFT's, and that of its module's state
 
 
 def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
@@ -29,45 +24,37 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
     run. Raises FileNotFoundError, and ValueError for another kind of adapter or another dim.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such adapter; train one with ft_main.py")
-    config = _folder_of(path) / CONFIG
+    config = _beside(path, "adapter_config.json")
     if config.is_file():
         kind = read_json(config).get("peft_type")
         if kind not in ("PROMPT_TUNING", "P_TUNING"):
             raise ValueError(f"{config}: an adapter of type {kind}; only prompt tuning fits here")
-    if path.is_dir():
-        found = [path / name for name in (WEIGHTS, OLD_WEIGHTS) if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: no {WEIGHTS} or {OLD_WEIGHTS} in this folder")
-        path = found[0]
-    prompt = _prompt_in(path)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path}: no such adapter ({' or '.join(names)})")
+    prompt = _prompt_in(found)
     if prompt.dim() != 2 or prompt.shape[1] != dim or not len(prompt):
-        raise ValueError(
-            f"{path}: a prompt of shape {tuple(prompt.shape)}, but the model's dim is {dim}: it "
-            "was trained on another model"
-        )
+        raise ValueError(f"{found}: shape {tuple(prompt.shape)}, but the model's dim is {dim}")
     if not prompt.isfinite().all():
-        raise ValueError(
-            f"{path}: the prompt holds values that are no numbers; its training failed"
-        )
+        raise ValueError(f"{found}: holds values that are no numbers; its training failed")
     return prompt.float()
 
 
 def _prompt_in(path: Path) -> torch.Tensor:
-    """The tensor with the prompt in one file."""
-    state = _load_safetensors(path) if path.suffix == ".safetensors" else load_plain(path)
-    for key in PROMPT_KEYS:
+    """The tensor with the prompt in one file: under PEFT's name, or that of its module's state."""
+    if path.suffix == ".safetensors":
+        try:
+            state = load_file(path)
+        except Exception as error:  # the library raises whatever the bytes provoke
+            raise ValueError(f"{path}: not an adapter, or damaged: {error}") from None
+    else:
+        state = load_plain(path)
+    for key in ("prompt_embeddings", "embedding.weight"):
         if isinstance(state, dict) and isinstance(state.get(key), torch.Tensor):
             return state[key]
-    raise ValueError(f"{path}: no tensor {' or '.join(PROMPT_KEYS)} in it, so no tuned prompt")
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # the library raises whatever the bytes provoke
-        raise ValueError(f"{path}: not an adapter, or damaged: {error}") from None
+    raise ValueError(f"{path}: no tuned prompt in it")
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:
@@ -84,27 +71,21 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
 def base_model_facts(transformer: Transformer) -> dict:
     """What tells one model from another, however many ranks hold it."""
     norms = [block.ffn_norm.weight for block in transformer.layers] + [transformer.norm.weight]
-    content = torch.stack([norm.float().cpu() for norm in norms]).numpy().tobytes()
-    facts = vars(transformer.args) | {"dtype": str(norms[0].dtype)}
-    facts["norms_sha256"] = hashlib.sha256(content).hexdigest()
-    return {key: value for key, value in facts.items() if value is not None}
+    content = torch.stack([norm.float().cpu() for norm in norms])
+    facts = {"dtype": str(norms[0].dtype), "norms_sha256": sha256_of(content)}
+    return vars(transformer.args) | facts
 
 
 def warn_of_another_model(path: str | Path, transformer: Transformer) -> None:
     """Say so if the file beside an adapter tells that it was trained on another model."""
-    if changed := changed_facts(Path(path), transformer):
-        cli.say(f"{path}: was trained on another model (it differs in {changed})")
-
-
-def changed_facts(path: Path, transformer: Transformer) -> str:
-    """Name the facts in which a model differs from the one an adapter was trained on, if known."""
-    base = _folder_of(path) / BASE
+    base = _beside(Path(path), BASE)
     if not base.is_file():
-        return ""
+        return
     before, now = read_json(base), base_model_facts(transformer)
     if before.get("dtype") != now["dtype"]:  # a model in another dtype is still the same model
         del now["dtype"], now["norms_sha256"]
-    return differing(before, now)
+    if changed := differing(before, now):
+        cli.say(f"{path}: was trained on another model (it differs in {changed})")
 
 
 def differing(before: dict, now: dict) -> str:
@@ -112,5 +93,6 @@ def differing(before: dict, now: dict) -> str:
     return ", ".join(key for key in now if before.get(key) != now[key])
 
 
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+def _beside(path: Path, name: str) -> Path:
+    """A file of an adapter's folder, which may be given by one of the files in it."""
+    return (path if path.is_dir() else path.parent) / name

@@ -1,10 +1,9 @@
 """Instruction data: Alpaca's prompts, rows from JSON, tokens with labels, batches."""
 
-import contextlib
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ EXPECTED = (
     "a dataset is a JSON array or JSON lines, each row an object with the texts "
     '"instruction", "output" and, if need be, "input"'
 )
+DEFAULTS = {"instruction": None, "input": "", "output": None}  # None: a row must give it
 
 Row = dict[str, torch.Tensor]  # input_ids and labels, equally long, int32
 
@@ -47,64 +47,46 @@ def load_instructions(path: str | Path) -> list[dict[str, str]]:
     lines) that is wrong, both counted from 1.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such dataset file; {EXPECTED} (--dataset_path)")
+        raise FileNotFoundError(f"{path}: no such dataset file (--dataset_path)")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     rows = [_check_row(where, value) for where, value in _values_in(path, text)]
     if not rows:
-        raise ValueError(f"{path}: empty: there is no row in it; {EXPECTED}")
+        raise ValueError(f"{path}: no row in it; {EXPECTED}")
     return rows
 
 
 def _values_in(path: str | Path, text: str) -> Iterator[tuple[str, object]]:
-    """The JSON values of an array or of lines, each with where it stands, for messages."""
+    """Yield the JSON values of an array or of lines, each with where it stands, for messages."""
     if text.lstrip().startswith("["):
-        for number, value in enumerate(_parse_json(path, text), 1):
+        for number, value in enumerate(_parse(str(path), text), 1):
             yield f"{path}, row {number}", value
         return
-    if "\n" in text.strip() and _is_json(text):
-        raise ValueError(f"{path}: one JSON value over several lines, not a list; {EXPECTED}")
     # Not splitlines(): that also cuts at U+2028, which JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}, line {number}", _parse_json(path, line, number)
+            where = f"{path}, line {number}"
+            yield where, _parse(where, line)
 
 
-def _parse_json(path: str | Path, text: str, line: int = 1) -> object:
-    """The value that a text holds, which begins on this line of the file."""
+def _parse(where: str, text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{where}: not JSON ({error.msg}); {EXPECTED}") from None
-    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
-        raise ValueError(f"{path}, line {line}: not JSON ({error}); {EXPECTED}") from None
-
-
-def _is_json(text: str) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(text)
-        return True
-    return False
+    except (ValueError, RecursionError) as error:  # the latter for nesting too deep
+        raise ValueError(f"{where}: not JSON ({error}); {EXPECTED}") from None
 
 
 def _check_row(where: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: not an object but {type(value).__name__}; {EXPECTED}")
-    row = {}
-    for key in ("instruction", "input", "output"):
-        if key not in value and key != "input":
-            raise ValueError(f'{where}: no "{key}" among {list(value)[:8]}; {EXPECTED}')
-        text = value.get(key, "")
+    row = {key: value.get(key, default) for key, default in DEFAULTS.items()}
+    for key, text in row.items():
         if not isinstance(text, str):
-            raise ValueError(f'{where}: "{key}" is not a text but {type(text).__name__}')
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # JSON can write half a surrogate pair, no tokenizer reads it
-            raise ValueError(f'{where}: "{key}" holds a character cut in half') from None
-        row[key] = text
+            raise ValueError(f'{where}: no text "{key}"; {EXPECTED}')
+        if re.search("[\ud800-\udfff]", text):  # JSON can write half a surrogate pair
+            raise ValueError(f'{where}: "{key}" holds a character cut in half')
     return row
 
 
@@ -136,20 +118,14 @@ def tokenize_dataset(
         rows.append({"input_ids": ids, "labels": labels})
     if not rows:
         raise ValueError(
-            f"{path}: no row leaves room for a response within --max_seq_len {max_seq_len}: the "
-            f"shortest prompt has {min(too_long)} tokens; give a larger --max_seq_len"
+            f"{path}: no row leaves room for a response within {max_seq_len} tokens: the shortest "
+            f"prompt has {min(too_long)}; give a larger --max_seq_len"
         )
-    n = len(instructions)
-    notes = []
-    if cut:
-        notes.append(f"cut {cut} of {n} rows to max_seq_len {max_seq_len}")
-    if too_long:
-        notes.append(
-            f"left out {len(too_long)} of {n} rows whose prompt alone fills "
-            f"max_seq_len {max_seq_len}"
+    if cut or too_long:
+        cli.say(
+            f"{path}: of {len(instructions)} rows {cut} were cut to {max_seq_len} tokens and "
+            f"{len(too_long)} left out, whose prompt alone fills that"
         )
-    if notes:
-        cli.say(f"{path}: {'; '.join(notes)}")
     return rows
 
 
@@ -158,10 +134,9 @@ def _response_ids(
 ) -> list[int]:
     """Tokens of a response as the model would write them after the prompt's own tokens.
 
-    Generation is fed encode(prompt), so no token may span the two. SentencePiece puts a space in
-    front of every text that it is given: so the two are encoded together and the prompt's tokens
-    taken off. Only where its last character merges with the response's first (":" with another
-    ":", or in a byte-level vocabulary with a line end) is the response encoded alone.
+    Generation is fed encode(prompt), so no token may span the two. They are encoded together,
+    since SentencePiece puts a space in front of every text, and the prompt's tokens taken off.
+    Only where the two merge (":" with another ":", or with a line end) the response goes alone.
     """
     both = tokenizer.encode(prompt + output, bos=True, eos=False)
     if both[: len(prompt_ids)] == prompt_ids:
@@ -179,27 +154,21 @@ def split_dataset(
     if val_set_size == 0:
         return rows, None
     if not 0 < val_set_size < len(rows):
-        raise ValueError(
-            f"--val_set_size {val_set_size} cannot be taken out of {len(rows)} rows: give "
-            f"0 (no evaluation) to {len(rows) - 1}"
-        )
+        raise ValueError(f"--val_set_size {val_set_size} cannot be taken out of {len(rows)} rows")
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)
     return shuffled[val_set_size:], shuffled[:val_set_size]
 
 
-@dataclass
-class Collator:
-    """Make a batch of rows, padded on the right to the longest of them."""
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
+    """Make a batch of rows, padded on the right to the longest of them.
 
-    pad_id: int
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask (0 on padding), labels: (bsz, seqlen) int64."""
-        ids = [row["input_ids"].long() for row in rows]
-        labels = [row["labels"].long() for row in rows]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-        }
+    Returns input_ids, attention_mask (0 on padding), labels: (bsz, seqlen) int64.
+    """
+    ids = [row["input_ids"].long() for row in rows]
+    labels = [row["labels"].long() for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }

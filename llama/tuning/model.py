@@ -14,8 +14,6 @@ from llama.checkpoint.hf import hf_config
 from llama.model import Transformer
 from llama.tuning.data import IGNORE
 
-FLOAT16_GRADIENT_SCALE = 1024.0
-
 
 class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.GenerationMixin):
     """Give our Transformer a loss, and the config that PEFT asks for. No weights of its own.
@@ -56,20 +54,9 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
         losses = vocab_parallel_cross_entropy(logits, targets[learned])
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
-        return CausalLMOutput(loss=_ScaleGradient.apply(loss, self.gradient_scale))
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Return a value as it is, but multiply its gradient on the way back."""
-
-    @staticmethod
-    def forward(ctx, value: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.scale = scale
-        return value.clone()  # the Trainer changes the loss in place
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient * ctx.scale, None
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * self.gradient_scale)
+        return CausalLMOutput(loss=loss)
 
 
 def add_soft_prompt(
@@ -87,24 +74,16 @@ def add_soft_prompt(
     if init_ids is None:
         init_ids = torch.randint(transformer.args.vocab_size, (num_virtual_tokens,)).tolist()
     repeated = (init_ids * num_virtual_tokens)[:num_virtual_tokens]
-    with torch.no_grad():
-        ids = torch.tensor([repeated], device=transformer.norm.weight.device)
-        set_soft_prompt(model, transformer.tok_embeddings(ids)[0])
-    prompt = soft_prompt_of(model)
-    if transformer.norm.weight.dtype == torch.float16:
+    prompt, norm = soft_prompt_of(model), transformer.norm.weight
+    prompt.data.copy_(transformer.tok_embeddings(torch.tensor([repeated], device=norm.device))[0])
+    if norm.dtype == torch.float16:
         # float16 has no room for small gradients: they pass through the model enlarged.
-        model.get_base_model().gradient_scale = FLOAT16_GRADIENT_SCALE
-        prompt.register_hook(lambda gradient: gradient / FLOAT16_GRADIENT_SCALE)
+        model.get_base_model().gradient_scale = scale = 1024.0
+        prompt.register_hook(lambda gradient: gradient / scale)
     if parallel.world_size() > 1:
         # All ranks have the same gradient; where their cards round apart, rank 0's holds.
         prompt.register_post_accumulate_grad_hook(lambda prompt: dist.broadcast(prompt.grad, src=0))
     return model
-
-
-def set_soft_prompt(model: peft.PeftModel, prompt: torch.Tensor) -> None:
-    """Put values (num_virtual_tokens, dim) into the trainable prompt."""
-    with torch.no_grad():
-        soft_prompt_of(model).copy_(prompt)
 
 
 def soft_prompt_of(model: peft.PeftModel) -> torch.nn.Parameter:

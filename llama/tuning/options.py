@@ -61,7 +61,7 @@ class TuningOptions:
     dataset_path: str
     output_dir: str
     init_prompt: str = ALPACA_PREAMBLE
-    num_virtual_tokens: int = option(32, at_least=1)
+    num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
     num_epochs: float = 3.0
     max_steps: int = -1
     batch_size: int = option(8, at_least=1, must_stay=True)
@@ -87,25 +87,18 @@ class TuningOptions:
             if field.metadata.get("at_least") is not None:
                 value = getattr(self, field.name)
                 check_at_least(field.metadata["at_least"], **{field.name: value})
-        for name, value in (("lr", self.lr), ("num_epochs", self.num_epochs)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"--{name} must be above 0, not {value}")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise ValueError(
-                "--max_steps must be at least 1, or -1 to leave it to --num_epochs, "
-                f"not {self.max_steps}"
-            )
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2**32, not {self.seed}")
-        if self.num_virtual_tokens >= self.max_seq_len:
-            raise ValueError(
-                f"--num_virtual_tokens {self.num_virtual_tokens} must leave room in "
-                f"--max_seq_len {self.max_seq_len}"
-            )
-        if self.lr_scheduler not in SCHEDULES:
-            raise ValueError(
-                f"--lr_scheduler must be one of {', '.join(SCHEDULES)}, not {self.lr_scheduler!r}"
-            )
+        leaves_room = self.num_virtual_tokens < self.max_seq_len
+        checks = {
+            "lr": (0 < self.lr < float("inf"), "above 0"),
+            "num_epochs": (0 < self.num_epochs < float("inf"), "above 0"),
+            "max_steps": (self.max_steps == -1 or self.max_steps > 0, "at least 1, or -1"),
+            "seed": (self.seed < 2**32, "below 2**32"),
+            "num_virtual_tokens": (leaves_room, f"below --max_seq_len {self.max_seq_len}"),
+            "lr_scheduler": (self.lr_scheduler in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        }
+        for name, (right, wanted) in checks.items():
+            if not right:
+                raise ValueError(f"--{name} must be {wanted}, not {getattr(self, name)!r}")
         check_dtype(self.dtype)
 
     def must_stay(self) -> dict:

@@ -1,7 +1,8 @@
 """Training of a soft prompt: the Trainer on every rank, checkpoints, what a resumed run checks."""
 
+import functools
 import math
-import re
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from matplotlib.figure import Figure
+from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
 from llama import cli, parallel
 from llama.files import new_folder, read_json, remove, write_json, write_whole
-from llama.tuning.adapter import FILES, changed_facts, differing, load_soft_prompt, save_adapter
-from llama.tuning.data import Collator, Row
-from llama.tuning.model import set_soft_prompt, soft_prompt_of
+from llama.tuning.adapter import base_model_facts, differing, load_soft_prompt, save_adapter
+from llama.tuning.data import Row, collate
+from llama.tuning.model import soft_prompt_of
 from llama.tuning.options import TuningOptions
 
 try:  # the Trainer asks for it, and would take our folder of that name for it
@@ -26,10 +27,10 @@ except ImportError as error:
     message = "Hugging Face's package `datasets` is not installed: pip install datasets"
     raise ImportError(message) from error
 
-RUN = "run.json"  # beside a checkpoint: what a resumed run must keep
-STATE = "trainer_state.json"  # this and the next three are the Trainer's own names
-TENSOR_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-CHECKPOINT_FILES = (*FILES, RUN, STATE, *TENSOR_FILES)
+# The last file written into a checkpoint's folder: what a resumed run must keep, and the SHA-256
+# of every other file, by which a whole checkpoint is known before anything in it is unpickled.
+RUN = "run.json"
+STATE = "trainer_state.json"  # the Trainer's own name
 
 
 def training_arguments(
@@ -80,8 +81,7 @@ class PromptTrainer(transformers.Trainer):
             args=training_arguments(options, len(train_rows), eval_rows is not None, prompt.device),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=Collator(pad_id),
-            callbacks=[Watch(prompt)],
+            data_collator=functools.partial(collate, pad_id=pad_id),
         )
         self.remove_callback(PrinterCallback)  # which prints on stdout, on every rank
         if self.args.n_gpu > 1 or self.args.device.type != prompt.device.type:
@@ -89,26 +89,36 @@ class PromptTrainer(transformers.Trainer):
                 f"the Trainer took {self.args.device} of {self.args.n_gpu} cards, not "
                 f"{prompt.device}: CUDA was in use before llama.parallel.setup()"
             )
-        self.transformer = model.get_base_model().transformer
-        self.must_stay = options.must_stay() | {
-            "dataset_sha256": sha256(Path(options.dataset_path).read_bytes()).hexdigest(),
-            "dtype": str(self.transformer.norm.weight.dtype),
+        self.must_stay = {
+            **base_model_facts(model.get_base_model().transformer),
+            **options.must_stay(),
+            "dataset_sha256": _sha256(Path(options.dataset_path)),
         }
         if any(facts != self.must_stay for facts in parallel.gather_objects(self.must_stay)):
             raise ValueError("the ranks read different datasets; give all machines the same one")
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train to the end, from a checkpoint if one is given, and evaluate what came out."""
+        """Train to the end, from a checkpoint if one is given, and evaluate what came out.
+
+        Raises ValueError for a checkpoint of another model, dataset or other options.
+        """
         if checkpoint is not None:
-            self._check_checkpoint(checkpoint)
+            if changed := differing(read_json(checkpoint / RUN), self.must_stay):
+                raise ValueError(
+                    f"{checkpoint}: begun with another model, dataset or options ({changed}); give "
+                    f"those in its {RUN}, or begin anew in another folder"
+                )
             self.state = TrainerState.load_from_json(str(checkpoint / STATE))
-        if self.state.global_step < self.args.max_steps:
-            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        else:
-            self._load_from_checkpoint(str(checkpoint))
-        evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
-        if self.eval_dataset is not None and self.state.global_step not in evaluated:
-            self.evaluate()
+        done, steps = self.state.global_step, self.args.max_steps
+        with tqdm(total=steps, initial=done, unit="step", disable=not cli.show_bars()) as bar:
+            self.add_callback(Watch(soft_prompt_of(self.model), bar))
+            if done < steps:
+                self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            else:
+                self._load_from_checkpoint(str(checkpoint))
+            evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
+            if self.eval_dataset is not None and self.state.global_step not in evaluated:
+                self.evaluate()
 
     def save(self, folder: Path) -> None:
         """Write, by rank 0, the adapter, the state of the run and the picture of its losses."""
@@ -118,26 +128,9 @@ class PromptTrainer(transformers.Trainer):
                 self.state.save_to_json(str(partial))
             plot_losses(self.state.log_history, folder / "loss.png")
 
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        """Raise ValueError for a checkpoint of another model, prompt length or other options."""
-        n_tokens, dim = soft_prompt_of(self.model).shape
-        n_found = len(load_soft_prompt(checkpoint, dim))
-        if n_found != n_tokens:
-            raise ValueError(
-                f"{checkpoint}: {n_found} virtual tokens, but --num_virtual_tokens is {n_tokens}"
-            )
-        if changed := changed_facts(checkpoint, self.transformer):
-            raise ValueError(f"{checkpoint}: trained on another model (it differs in {changed})")
-        if changed := differing(read_json(checkpoint / RUN), self.must_stay):
-            raise ValueError(
-                f"{checkpoint}: was begun with another {changed}; give the same as in "
-                f"{checkpoint / RUN}, or begin anew in another folder"
-            )
-
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Write a checkpoint, by rank 0: the whole folder or nothing. The Trainer calls this."""
         if parallel.rank() == 0:
-            self.store_flos()
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             remove(folder)  # not whole, or this run would have gone on from it
             with new_folder(folder) as partial:
@@ -145,77 +138,70 @@ class PromptTrainer(transformers.Trainer):
                 self._save_optimizer_and_scheduler(str(partial))
                 self._save_rng_state(str(partial))
                 self.state.save_to_json(str(partial / STATE))
-                write_json(partial / RUN, self.must_stay)
+                write_json(partial / RUN, self.must_stay | {"files": _hashes_of(partial)})
         dist.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         """Take the prompt of a checkpoint; the Trainer, which calls this, loads the rest."""
-        dim = soft_prompt_of(self.model).shape[1]
-        set_soft_prompt(self.model, load_soft_prompt(resume_from_checkpoint, dim))
+        prompt = soft_prompt_of(self.model)
+        prompt.data.copy_(load_soft_prompt(resume_from_checkpoint, prompt.shape[1]))
 
 
 class Watch(transformers.TrainerCallback):
-    """Say on stderr what is logged; end a run whose prompt holds no numbers any more."""
+    """Show on stderr how far a run is; end it if its prompt holds no numbers any more."""
 
-    def __init__(self, prompt: torch.nn.Parameter) -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: torch.nn.Parameter, bar: tqdm) -> None:
+        self.prompt, self.bar = prompt, bar
 
     def on_train_begin(self, args, state, control, **_: object) -> None:
         # A resumed state holds how often the run before it was to log, evaluate and save.
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **_: object) -> None:
+        self.bar.update()
         if not self.prompt.isfinite().all():
             raise ValueError(
-                f"step {state.global_step}: the prompt holds values that are no numbers any more; "
-                "lower --lr, or take --dtype bfloat16 or float32"
+                f"step {state.global_step}: the prompt holds no numbers any more; lower --lr, or "
+                "take --dtype bfloat16 or float32"
             )
 
     def on_log(self, args, state, control, logs: dict[str, float], **_: object) -> None:
         facts = ", ".join(f"{key} {value:.4g}" for key, value in logs.items() if key != "epoch")
-        cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
+        with tqdm.external_write_mode(sys.stderr):  # above the bar, where there is one
+            cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
 
 
 def check_unused(output_dir: Path) -> None:
     """Raise ValueError if a folder holds anything but what an interrupted write left behind."""
-    if output_dir.exists() and (
-        not output_dir.is_dir() or any(path.name[0] != "." for path in output_dir.iterdir())
-    ):
-        raise ValueError(
-            f"{output_dir}: holds another run; choose another folder, or --resume that run"
-        )
+    if output_dir.is_file() or any(output_dir.glob("[!.]*")):
+        raise ValueError(f"{output_dir}: in use; choose another folder, or --resume a run in it")
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """Find the newest whole checkpoint of an interrupted run, and read its files once.
+    """Find the newest whole checkpoint of a run; say which newer ones are passed over.
 
-    Raises ValueError if there is none, or if it is damaged.
+    Raises ValueError if there is none.
     """
-    numbered = {
-        int(path.name.split("-")[1]): path
-        for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name)
-        and all((path / name).is_file() for name in CHECKPOINT_FILES)
-    }
-    if not numbered:
-        raise ValueError(
-            f"{output_dir}: no whole checkpoint to resume; leave --resume away to begin"
-        )
-    newest = numbered[max(numbered)]
-    for name in CHECKPOINT_FILES:
-        if name.endswith(".json"):
-            read_json(newest / name)
-    for name in TENSOR_FILES:
+    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        folder = output_dir / f"checkpoint-{step}"
         try:
-            with safe_globals():  # as the Trainer reads them: no code in them can run
-                torch.load(newest / name, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever the bytes provoke
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"{newest / name}: damaged ({reason}); remove {newest} to resume from the one "
-                "before"
-            ) from None
-    return newest
+            if read_json(folder / RUN).get("files") == _hashes_of(folder):
+                return folder
+            reason = f"its files are not those that {RUN} lists"
+        except (ValueError, OSError) as error:
+            reason = str(error)
+        cli.say(f"{folder}: passed over, as it is not whole: {reason}")
+    raise ValueError(f"{output_dir}: no whole checkpoint to resume; leave --resume away to begin")
+
+
+def _hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint's folder but RUN itself."""
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != RUN}
+
+
+def _sha256(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def plot_losses(log_history: list[dict], path: Path) -> None:
@@ -223,12 +209,10 @@ def plot_losses(log_history: list[dict], path: Path) -> None:
     figure = Figure()
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(row["step"], row[key]) for row in log_history if key in row]
-        if points:
-            axes.plot(*zip(*points), label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss per token")
-    if axes.lines:
-        axes.legend()
+        rows = [row for row in log_history if key in row]
+        if rows:
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
+            axes.legend()
+    axes.set(xlabel="step", ylabel="loss per token")
     with write_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
