@@ -32,7 +32,7 @@ def load_all_cut_save(ckpt_dir: Path, out_dir: Path, n: int) -> None:
     shards = [torch.load(path, weights_only=True) for path in ckpt.paths]
     new = [{} for _ in range(n)]
     for name in ckpt.shapes:
-        cut, into = ckpt.cut(name), cut_of(name, ckpt.args, n)
+        cut, into = ckpt.cut_here(name), cut_of(name, ckpt.args, n)
         parts = [shards[cut.first_shard_with(i)][name] for i in range(cut.parts)]
         whole = torch.cat(parts, cut.dim)
         for i in range(n):

@@ -80,14 +80,15 @@ def locked(folder: Path, message: str) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held the lock before may have renamed or removed the folder meanwhile.
-        ours = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock before may have renamed or removed the folder meanwhile.
+            ours = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        except BlockingIOError:
+            ours = False
         if not ours:
-            raise BlockingIOError
+            raise ValueError(f"{message}; wait for that one to end")
         yield
-    except BlockingIOError:
-        raise ValueError(f"{message}; wait for that one to end") from None
     finally:
         os.close(descriptor)
 

@@ -164,15 +164,17 @@ class Checkpoint(Source):
             if i == first or torch.equal(weight, self.shard(first)[name]):
                 return None
             return f"{path}: {name} differs from the copy in {self.paths[first].name}"
-        found = sha256_of(weight)
-        expected = {file: shard["sha256"][name] for file, shard in self.manifest.shards.items()}
-        if found == expected[path.name]:
+        found, expected = sha256_of(weight), self.manifest.weights[name]["parts"]
+        part = self.cut_here(name).part_in(i)
+        if found == expected[part]:
             return None
-        others = [file for file, sha256 in expected.items() if sha256 == found]
-        hint = f"; it is what {others[0]} should hold" if others else ""
+        hint = ""
+        if found in expected:
+            other = self.cut_here(name).first_shard_with(expected.index(found))
+            hint = f"; it is what {self.paths[other].name} should hold"
         return (
             f"{path}: {name} is damaged: its SHA-256 is {found[:12]}…, but {manifest.NAME} says "
-            f"{shown(expected[path.name], 12)}{hint}; copy the file again"
+            f"{shown(str(expected[part]), 12)}{hint}; copy the file again"
         )
 
     def check(self, name: str, sha256: str) -> None:
@@ -203,18 +205,14 @@ class Checkpoint(Source):
                 bar.update(total // len(self.shapes))
         if faults:
             raise ValueError(first_few(faults, "; ", longest=1000))
+        for name, sha256 in hashes.items():
+            self.check(name, sha256)
         return hashes
 
     def _verify(self, name: str) -> tuple[str, list[str]]:
-        """The SHA-256 of a whole weight, and what is wrong with it."""
-        faults = [fault for i in range(self.n) if (fault := self._fault(i, name))]
-        sha256 = whole_sha256(self, name)
-        if not faults:
-            try:
-                self.check(name, sha256)
-            except ValueError as error:
-                faults.append(str(error))
-        return sha256, faults
+        """The SHA-256 of a whole weight, and what is wrong with its parts."""
+        faults = [self._fault(i, name) for i in range(self.n)]
+        return whole_sha256(self, name), [fault for fault in faults if fault]
 
     def _checklist_faults(self) -> list[str]:
         """What Meta's checklist.chk finds wrong with the files, where it lies in the folder."""

@@ -1,9 +1,9 @@
 """manifest.json: what each weight and each shard of a folder holds, so that damage is noticed.
 
 It holds the SHA-256 of each whole weight, its rows in order, which does not depend on the number of
-shards; and of each shard its size and the SHA-256 of its part of every weight. A shard's bytes
-around the weights (a zip archive's headers, checksums and directory) are not hashed: what a reader
-takes from them shows in the weights' names, shapes and bytes, and the rest nobody reads.
+shards, and of each of the parts that the shards hold of it; and the size of each shard. A shard's
+bytes around the weights (a zip archive's headers, checksums and directory) are not hashed: what a
+reader takes from them shows in the weights' names, shapes and bytes, and the rest nobody reads.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.weights import weight_shapes
+from llama.checkpoint.weights import cut_of, weight_shapes
 from llama.cli import counted, first_few
 from llama.files import naming, read_json, write_json
 from llama.model import ModelArgs
 
 NAME = "manifest.json"
 FORMAT = 2
-WEIGHT, SHARD = {"shape": list, "dtype": str, "sha256": str}, {"size": int, "sha256": dict}
+WEIGHT = {"shape": list, "dtype": str, "sha256": str, "parts": list}
 LONGEST = 1 << 24  # bytes; a model of 80 layers in 16 shards takes 2 MB
 
 
@@ -31,8 +31,8 @@ class Manifest:
     """What manifest.json says."""
 
     params: dict  # as in params.json
-    weights: dict[str, dict]  # by name: shape, dtype, and sha256 of the whole
-    shards: dict[str, dict]  # by file: size, and sha256, that of each weight's part
+    weights: dict[str, dict]  # by name: shape, dtype, sha256 of the whole, and of its parts
+    shards: dict[str, int]  # by file: its size
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -50,10 +50,7 @@ class Manifest:
         fits = (
             _has(content, {"params": dict, "weights": dict, "shards": dict})
             and all(_has(weight, WEIGHT) for weight in content["weights"].values())
-            and all(_has(shard, SHARD) for shard in content["shards"].values())
-            and all(
-                type(x) is str for s in content["shards"].values() for x in s["sha256"].values()
-            )
+            and all(type(size) is int for size in content["shards"].values())
         )
         if known != FORMAT or not fits:
             raise ValueError(
@@ -65,6 +62,22 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
         write_json(folder / NAME, {"format": FORMAT} | dataclasses.asdict(self))
+
+    def check_files(self, folder: Path, paths: Sequence[Path]) -> None:
+        """Raise ValueError unless the shards are those listed here, by name and size."""
+        here, there = {path.name for path in paths}, self.shards.keys()
+        if here != there:
+            raise ValueError(
+                f"{folder}: holds {counted(len(here), 'shard')}, but {NAME} lists {len(there)} "
+                f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
+                "copied in part, or are two mixed?"
+            )
+        for path in paths:
+            size, wanted = path.stat().st_size, self.shards[path.name]
+            if size != wanted:
+                raise ValueError(
+                    f"{path}: {size} bytes long, but {NAME} says {wanted}; copy it again"
+                )
 
     def check_params(self, folder: Path, args: ModelArgs) -> None:
         """Raise ValueError unless params.json says what it said when this was written."""
@@ -81,34 +94,20 @@ class Manifest:
             )
 
     def check_model(self, folder: Path, args: ModelArgs, dtypes: dict[str, torch.dtype]) -> None:
-        """Raise ValueError unless this describes the model of params.json, with every weight."""
+        """Raise ValueError unless this describes the weights of the model in so many shards."""
         described = describe_weights(args, dtypes)
         said = {
             name: {key: weight[key] for key in ("shape", "dtype")}
             for name, weight in self.weights.items()
         }
-        complete = all(shard["sha256"].keys() == said.keys() for shard in self.shards.values())
-        if said != described or not complete:
+        n = len(self.shards)
+        if said != described or any(
+            len(self.weights[name]["parts"]) != cut_of(name, args, n).parts for name in described
+        ):
             raise ValueError(
                 f"{folder / NAME}: does not describe the weights of the model in params.json as "
                 "they lie in these shards; is it another folder's?"
             )
-
-    def check_files(self, folder: Path, paths: Sequence[Path]) -> None:
-        """Raise ValueError unless the shards are those listed here, by name and size."""
-        here, there = {path.name for path in paths}, self.shards.keys()
-        if here != there:
-            raise ValueError(
-                f"{folder}: holds {counted(len(here), 'shard')}, but {NAME} lists {len(there)} "
-                f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
-                "copied in part, or are two mixed?"
-            )
-        for path in paths:
-            size, wanted = path.stat().st_size, self.shards[path.name]["size"]
-            if size != wanted:
-                raise ValueError(
-                    f"{path}: {size} bytes long, but {NAME} says {wanted}; copy it again"
-                )
 
 
 def _has(table: object, kinds: dict[str, type]) -> bool:

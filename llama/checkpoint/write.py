@@ -33,7 +33,7 @@ def write_checkpoint(
     out_dir, dtype = Path(os.path.abspath(out_dir)), dtype or source.dtype
     check_shard_count(source.args, n, f"the model to be written to {out_dir}")
     with new_folder(out_dir) as folder:
-        whole, parts = _write_shards(source, folder, n, dtype)
+        hashes = _write_shards(source, folder, n, dtype)
         for name, content in source.files.items():
             with naming_refusals(folder / name):
                 if isinstance(content, Path):
@@ -41,47 +41,40 @@ def write_checkpoint(
                 else:
                     (folder / name).write_bytes(content)
         write_json(folder / "params.json", source.params)
-        weights = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
-        for name, described in weights.items():
-            described["sha256"] = whole[name]
-        shards = {}
-        for i in range(n):
-            path = folder / shard_name(i)
-            sha256 = {
-                name: parts[name][cut_of(name, source.args, n).part_in(i)] for name in source.shapes
-            }
-            shards[path.name] = {"size": path.stat().st_size, "sha256": sha256}
+        described = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
+        weights = {name: described[name] | hashes[name] for name in described}
+        shards = {shard_name(i): (folder / shard_name(i)).stat().st_size for i in range(n)}
         Manifest(source.params, weights, shards).write(folder)
 
 
 def _write_shards(
     source: Source, folder: Path, n: int, dtype: torch.dtype
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Write all weights into n shards; the SHA-256 of each whole weight, and of each of its parts.
+) -> dict[str, dict[str, object]]:
+    """Write all weights into n shards; what the manifest then says of the hashes of each.
 
     As many weights at a time as torch has threads, the largest first.
     """
     size = {name: math.prod(shape) for name, shape in source.shapes.items()}
     names = sorted(size, key=size.get, reverse=True)
-    whole, parts = {}, {}
+    hashes = {}
     with (
         _lay_out(source, folder, n, dtype) as shards,
         _flushing(shards) as check_flushed,
         byte_bar(sum(size.values()) * dtype.itemsize) as bar,
         hash_threads() as pool,
     ):
-        hashes = pool.map(lambda name: _write_weight(source, name, shards, dtype), names)
-        for name, (of_whole, of_parts) in zip(names, hashes):
-            whole[name], parts[name] = of_whole, of_parts
+        written = pool.map(lambda name: _write_weight(source, name, shards, dtype), names)
+        for name, found in zip(names, written):
+            hashes[name] = found
             check_flushed()
             bar.update(size[name] * dtype.itemsize)
-    return whole, parts
+    return hashes
 
 
 def _write_weight(
     source: Source, name: str, shards: list["_ShardFile"], dtype: torch.dtype
-) -> tuple[str, list[str]]:
-    """Write one weight into all shards; the SHA-256 of the whole, and of each part.
+) -> dict[str, object]:
+    """Write one weight into all shards; the SHA-256 of the whole, and of each of its parts.
 
     The source is asked whether what was read is what it should hold.
     """
@@ -103,7 +96,7 @@ def _write_weight(
                 if cut.part_in(i) == part:
                     shard.write(name, row * row_bytes, data)
     source.check(name, (whole if dtype == block.dtype else as_read).hexdigest())
-    return whole.hexdigest(), [part.hexdigest() for part in parts]
+    return {"sha256": whole.hexdigest(), "parts": [part.hexdigest() for part in parts]}
 
 
 def _by_part(
