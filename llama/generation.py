@@ -206,10 +206,9 @@ def load_model(
     memory, but for those that such a cut takes apart by columns.
     """
     rank, n = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
-    ckpt.prepare(rank, n)
-    model = Transformer(ckpt.args)
     dtype = dtype or ckpt.dtype
-    weights = {name: ckpt.part(name, rank, n).to(device, dtype) for name in ckpt.shapes}
+    weights = {name: part.to(device, dtype) for name, part in ckpt.load(rank, n)}
+    model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,10 +130,11 @@ class Checkpoint(Source):
                 found.append(weight.narrow(dim, low, high - low))
         return found[0] if len(found) == 1 else torch.cat(found, cut.dim)
 
-    def prepare(self, rank: int, n: int) -> None:
-        """Check by the manifest what rank of n ranks is going to read.
+    def load(self, rank: int, n: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Give what rank of n ranks holds of each weight, contiguous, by the weight's name.
 
-        Raises ValueError for damage, and for an n into which the model does not cut.
+        Before the first, what is going to be read is checked by the manifest. Raises ValueError
+        for damage, and for an n into which the model does not cut.
         """
         parts = [(rank, name) for name in self.shapes]
         if self.n != n:
@@ -147,6 +148,8 @@ class Checkpoint(Source):
             parts = [(i, name) for i in range(self.n) for name in self.shapes]
             parts = parts[parallel.local_share()]
         self._check_parts(parts)
+        for name in self.shapes:
+            yield name, self.part(name, rank, n)
 
     def _check_parts(self, parts: Iterable[tuple[int, str]]) -> None:
         """Raise ValueError if a shard's part of a weight is not what the manifest says."""
