@@ -46,7 +46,7 @@ def main(flags: TuningOptions) -> None:
     parallel.hide_ranks()
     transformers.logging.set_verbosity_error()  # it warns of hidden ranks
     transformers.set_seed(flags.seed)
-    init_ids = tokenizer.encode(flags.init_prompt, bos=False) if flags.init_prompt else None
+    init_ids = tokenizer.encode(flags.init_prompt, bos=False)
     model = add_soft_prompt(transformer, flags.num_virtual_tokens, init_ids, flags.ckpt_dir)
 
     trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer.pad_id)

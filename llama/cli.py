@@ -24,7 +24,9 @@ from tqdm import tqdm
 # that the one that is can.
 SILENT_EXIT_DELAY = 5.0
 LOST_PEER = (  # as gloo and nccl word it
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
     "remote process exited",
 )
 _RANK = int(os.environ.get("RANK", 0))  # as torchrun gives it, before there is a process group
@@ -90,7 +92,8 @@ def _fail(message: str, first: bool | None) -> NoReturn:
         time.sleep(SILENT_EXIT_DELAY)
     if first is not False:
         print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        sys.stdout.flush()
     os._exit(1)  # not sys.exit: the process group's threads may wait for ranks that are gone
 
 

@@ -84,7 +84,7 @@ def locked(folder: Path, message: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held the lock before may have renamed or removed the folder meanwhile.
             ours = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
             raise ValueError(f"{message}; wait for that one to end")
@@ -139,7 +139,7 @@ def naming_refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def read_json(path: Path, longest: int = 1 << 28) -> dict:
@@ -152,6 +152,37 @@ def read_json(path: Path, longest: int = 1 << 28) -> dict:
             raise ValueError(f"not a JSON object but {type(value).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: unreadable ({error})") from None
+    return value
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a UTF-8 text that are not blank, each with its place for messages."""
+    try:
+        # Not splitlines(): that also cuts at characters that a line may hold, as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    return [
+        (f"{path}, line {number}", line.removesuffix("\r"))
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+
+
+def parse_json(where: str, text: str) -> object:
+    """The JSON value in a text; ValueError, with its place, if there is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter for nesting too deep
+        raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def check_text(where: str, name: str, value: object) -> str:
+    """The value, if it is a text of whole characters; else ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: no text "{name}"')
+    if re.search("[\ud800-\udfff]", value):  # JSON can write half a surrogate pair
+        raise ValueError(f'{where}: "{name}" holds a character cut in half')
     return value
 
 
@@ -198,7 +229,7 @@ def _check_archive(path: Path) -> None:
             if record.filename.endswith("/data.pkl"):
                 if record.file_size > LONGEST_PICKLE:
                     raise ValueError(f"record {name} is {record.file_size:,} bytes long")
-                for opcode, argument, _ in pickletools.genops(archive.open(record)):
+                for opcode, argument, _ in pickletools.genops(archive.read(record)):
                     names_something = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
                     if names_something and not re.fullmatch(PLAIN, str(argument)):
                         raise ValueError(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize as mpu
 
 from llama import parallel
 from llama.checkpoint.folder import Checkpoint
@@ -115,10 +114,10 @@ class LLaMA:
             if not ids and not virtual:
                 raise ValueError(f"{name} has no token to start from")
             if virtual + len(ids) >= self.max_seq_len:
+                tuned = f", the tuned prompt {virtual}" if virtual else ""
                 raise ValueError(
-                    f"{name} has {len(ids)} tokens, and the tuned prompt {virtual}, which leaves "
-                    f"no room to generate in max_seq_len {self.max_seq_len}: shorten it or raise "
-                    "--max_seq_len"
+                    f"{name} has {len(ids)} tokens{tuned}, which leaves no room to generate in "
+                    f"max_seq_len {self.max_seq_len}: shorten it or raise --max_seq_len"
                 )
 
     @torch.inference_mode()
@@ -126,7 +125,9 @@ class LLaMA:
         self, batch: list[list[int]], max_gen_len: int, sampling: "Sampling"
     ) -> list[list[int]]:
         """The new ids of each row of prompt ids, without the id that ended it."""
-        lengths = [self.num_virtual_tokens + len(ids) for ids in batch]  # in the cache, of each row
+        lengths = [
+            self.num_virtual_tokens + len(ids) for ids in batch
+        ]  # how much of the cache each row fills
         limits = [min(max_gen_len, self.max_seq_len - length) for length in lengths]
         cache = KVCache(
             self.model, len(batch), max(length + limit for length, limit in zip(lengths, limits))
@@ -203,11 +204,11 @@ def load_model(
 
     What the manifest says of the weights is checked. A checkpoint of another number of shards is
     cut anew. On a CPU and in the checkpoint's own dtype, weights stay mapped files and take no
-    memory, but for those that such a cut takes apart by columns.
+    memory, but for those that are taken apart by columns or put together from several shards.
     """
-    rank, n = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
     dtype = dtype or ckpt.dtype
-    weights = {name: part.to(device, dtype) for name, part in ckpt.load(rank, n)}
+    parts = ckpt.load(parallel.rank(), parallel.world_size())
+    weights = {name: part.to(device, dtype) for name, part in parts}
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
@@ -225,10 +226,10 @@ class Sampling:
 def sample_on_rank_0(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Sample the next id of each row, (bsz,), on rank 0, and broadcast it, so that none differs."""
     next_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    if mpu.get_model_parallel_rank() == 0:
+    if parallel.rank() == 0:
         next_ids.copy_(sample(logits, sampling))
-    if mpu.get_model_parallel_world_size() > 1:
-        dist.broadcast(next_ids, mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group())
+    if parallel.world_size() > 1:
+        dist.broadcast(next_ids, src=0)
     return next_ids
 
 

@@ -1,11 +1,11 @@
 """What the example scripts share: prompts in, completions and what they took out."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from llama import parallel
 from llama.cli import MemoryWatch, say
+from llama.files import check_text, parse_json, read_lines
 from llama.generation import Output, Timing
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
@@ -20,29 +20,14 @@ def read_prompts(path: str | None) -> list[str]:
     path = EXAMPLES if path is None else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompts file")
-    try:
-        # Not splitlines(), which also cuts at characters that a prompt may hold.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-    if path.suffix != ".jsonl":
-        prompts = [line.removesuffix("\r") for line in lines if line.strip()]
-    else:
-        prompts = [_parse(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    prompts = []
+    for where, line in read_lines(path):
+        prompt = parse_json(where, line) if path.suffix == ".jsonl" else line
+        prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+        prompts.append(check_text(where, "prompt", prompt))
     if not prompts:
         raise ValueError(f"{path}: no prompts in it; write one a line")
     return prompts
-
-
-def _parse(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    prompt = row.get("prompt") if isinstance(row, dict) else row
-    if not isinstance(prompt, str):
-        raise ValueError(f'{path}, line {number}: neither a string nor an object with "prompt"')
-    return prompt
 
 
 def print_completions(prompts: Sequence[str], outputs: Sequence[Output]) -> None:

@@ -31,8 +31,8 @@ def test_json_lines_may_hold_line_breaks(tmp_path):
         ("p.txt", b"\n \n", "no prompts in it"),
         ("p.txt", b"\xff\xfe\xff", "not UTF-8"),
         ("p.jsonl", b'"fine"\n{"prompt":', "line 2: not JSON"),
-        ("p.jsonl", b'{"text": "x"}', "line 1: neither"),
-        ("p.jsonl", b"7", "line 1: neither"),
+        ("p.jsonl", b'{"text": "x"}', 'line 1: no text "prompt"'),
+        ("p.jsonl", b"7", 'line 1: no text "prompt"'),
     ],
 )
 def test_a_file_without_prompts_is_named(tmp_path, name, content, message):

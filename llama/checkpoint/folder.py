@@ -77,7 +77,7 @@ class Checkpoint(Source):
             )
         # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
         by_vocabulary = (self.args.vocab_size // self.n, self.args.dim)
-        self._embedding_dim = int(tuple(first[EMBEDDING].shape) != by_vocabulary)
+        self._embedding_dim = 0 if tuple(first[EMBEDDING].shape) == by_vocabulary else 1
         self._check_shard(0, first)
         self._shards = {0: first}
         if self.manifest is not None:
@@ -136,7 +136,8 @@ class Checkpoint(Source):
         Before the first, what is going to be read is checked by the manifest. Raises ValueError
         for damage, and for an n into which the model does not cut.
         """
-        parts = [(rank, name) for name in self.shapes]
+        # With a manifest the cut is ours, so that rank r of n reads shard r of n alone.
+        to_check = [(rank, name) for name in self.shapes]
         if self.n != n:
             check_shard_count(self.args, n, f"{self.dir}: with {n} ranks running, it")
             say(
@@ -145,9 +146,9 @@ class Checkpoint(Source):
                 f"python split_model.py --ckpt_dir {self.dir} --n {n}"
             )
             # Each rank reads of every shard: the ranks of a machine share the checking.
-            parts = [(i, name) for i in range(self.n) for name in self.shapes]
-            parts = parts[parallel.local_share()]
-        self._check_parts(parts)
+            everything = [(i, name) for i in range(self.n) for name in self.shapes]
+            to_check = everything[parallel.local_share()]
+        self._check_parts(to_check)
         for name in self.shapes:
             yield name, self.part(name, rank, n)
 
@@ -221,14 +222,17 @@ class Checkpoint(Source):
         """What Meta's checklist.chk finds wrong with the files, where it lies in the folder."""
         if not (self.dir / CHECKLIST).is_file():
             return []
-        faults = []
         text = (self.dir / CHECKLIST).read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
+        listed = {}
+        for line in filter(str.strip, text.splitlines()):
             md5, _, name = line.partition(" ")
-            path = self.dir / Path(name.strip().removeprefix("*")).name
+            listed[self.dir / Path(name.strip().removeprefix("*")).name] = md5.lower()
+        unlisted = [path for path in self.paths if path not in listed]
+        faults = [f"{path}: not listed in {CHECKLIST}" for path in unlisted]
+        for path, md5 in listed.items():
             if not path.is_file():
                 faults.append(f"{path}: missing, though {CHECKLIST} lists it")
-            elif _md5_of(path) != md5.lower():
+            elif _md5_of(path) != md5:
                 faults.append(f"{path}: its MD5 is not the one in {CHECKLIST}; copy it again")
         return faults
 
@@ -270,20 +274,25 @@ def compare(a: Checkpoint, b: Checkpoint) -> None:
 
     Where their dtypes differ, b must hold what a's weights become in b's.
     """
-    first, second = (dataclasses.asdict(ckpt.args) for ckpt in (a, b))
-    for args, facts in ((a.args, first), (b.args, second)):  # several values give one FFN size
-        del facts["multiple_of"], facts["ffn_dim_multiplier"]
-        facts["hidden_dim"] = args.hidden_dim
-    differing = [key for key in first if first[key] != second[key]]
+    facts_a, facts_b = _facts(a.args), _facts(b.args)
+    differing = [key for key in facts_a if facts_a[key] != facts_b[key]]
     if differing:
         raise ValueError(f"{a.dir} and {b.dir}: different models ({', '.join(differing)})")
-    first, second = a.verify(), b.verify()
+    hashes_a, hashes_b = a.verify(), b.verify()
+    hint = ""
     if a.dtypes != b.dtypes:
-        first = {name: whole_sha256(a, name, b.dtypes[name]) for name in first}
-    differing = [name for name in first if first[name] != second[name]]
+        hashes_a = {name: whole_sha256(a, name, b.dtypes[name]) for name in hashes_a}
+        hint = f" ({a.dtype} and {b.dtype}: which was made from which?)"
+    differing = [name for name in hashes_a if hashes_a[name] != hashes_b[name]]
     if differing:
-        hint = f" ({a.dtype} and {b.dtype}: which was made from which?)" * (a.dtypes != b.dtypes)
         raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}{hint}")
+
+
+def _facts(args: ModelArgs) -> dict:
+    """What makes a model; several values of params.json give one size of the FFN."""
+    facts = dataclasses.asdict(args) | {"hidden_dim": args.hidden_dim}
+    del facts["multiple_of"], facts["ffn_dim_multiplier"]
+    return facts
 
 
 def _read_params(ckpt_dir: Path) -> dict:

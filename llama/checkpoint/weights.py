@@ -1,5 +1,6 @@
 """The table of weights: names in every format, shapes, cuts; and what every format is read as."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ class Kind:
     shape: tuple[str, ...]  # (out_features, in_features), by the names of sizes in ModelArgs
     cut: int | None  # the dimension that shards cut; None: every shard holds the whole
     in_layers: bool = True
-    rotary: bool = False  # rows are pairs that turn: Hugging Face keeps them in another order
+    rotary: bool = False  # rows are rotary pairs, which Hugging Face orders otherwise
 
     def pattern(self, form: str) -> str:
         """The full name in a format ("meta", "hf" or "gguf"), N for the number of the layer."""
@@ -34,7 +35,14 @@ class Kind:
 
 LAYER = {"meta": "layers.N.", "hf": "model.layers.N.", "gguf": "blk.N."}
 KINDS = (  # in the order in which shards hold them, those of each layer together
-    Kind("tok_embeddings", "model.embed_tokens", "token_embd", ("vocab_size", "dim"), 1, False),
+    Kind(
+        "tok_embeddings",
+        "model.embed_tokens",
+        "token_embd",
+        ("vocab_size", "dim"),
+        1,
+        in_layers=False,
+    ),
     Kind("attention.wq", "self_attn.q_proj", "attn_q", ("q_dim", "dim"), 0, rotary=True),
     Kind("attention.wk", "self_attn.k_proj", "attn_k", ("kv_dim", "dim"), 0, rotary=True),
     Kind("attention.wv", "self_attn.v_proj", "attn_v", ("kv_dim", "dim"), 0),
@@ -44,8 +52,8 @@ KINDS = (  # in the order in which shards hold them, those of each layer togethe
     Kind("feed_forward.w3", "mlp.up_proj", "ffn_up", ("hidden_dim", "dim"), 0),
     Kind("attention_norm", "input_layernorm", "attn_norm", ("dim",), None),
     Kind("ffn_norm", "post_attention_layernorm", "ffn_norm", ("dim",), None),
-    Kind("norm", "model.norm", "output_norm", ("dim",), None, False),
-    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, False),
+    Kind("norm", "model.norm", "output_norm", ("dim",), None, in_layers=False),
+    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, in_layers=False),
 )
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
@@ -78,15 +86,14 @@ def meta_names(form: str, found: Iterable[str]) -> dict[str, str]:
 
 def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Shape of every weight of a model, by Meta's names, in the order in which shards hold them."""
-    kinds: dict[str, Kind] = {}
-    in_layers = [kind for kind in KINDS if kind.in_layers]
-    for kind in KINDS:
-        if not kind.in_layers:
-            kinds[kind.pattern("meta")] = kind
-        elif kind is in_layers[0]:  # here come all layers, each with all its kinds
-            for i in range(args.n_layers):
-                kinds |= {kind.pattern("meta").replace("N", str(i)): kind for kind in in_layers}
-    return {name: tuple(getattr(args, s) for s in kind.shape) for name, kind in kinds.items()}
+    shapes = {}
+    for in_layers, group in itertools.groupby(KINDS, key=lambda kind: kind.in_layers):
+        kinds = list(group)
+        for i in range(args.n_layers if in_layers else 1):
+            for kind in kinds:
+                name = kind.pattern("meta").replace("N", str(i))
+                shapes[name] = tuple(getattr(args, size) for size in kind.shape)
+    return shapes
 
 
 def check_layers(args: ModelArgs, n_found: int) -> None:
@@ -158,7 +165,7 @@ def check_shard_count(args: ModelArgs, n: int, what: str) -> None:
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype of a --dtype argument; None stays None (what the checkpoint holds)."""
     check_dtype(name)
-    return name and getattr(torch, name)
+    return None if name is None else getattr(torch, name)
 
 
 class Source:

@@ -1,6 +1,7 @@
 """Write a checkpoint as any number of shards, whole or not at all; say beforehand what it takes."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -35,11 +36,9 @@ def write_checkpoint(
     with new_folder(out_dir) as folder:
         hashes = _write_shards(source, folder, n, dtype)
         for name, content in source.files.items():
+            data = content.read_bytes() if isinstance(content, Path) else content
             with naming_refusals(folder / name):
-                if isinstance(content, Path):
-                    shutil.copyfile(content, folder / name)
-                else:
-                    (folder / name).write_bytes(content)
+                (folder / name).write_bytes(data)
         write_json(folder / "params.json", source.params)
         described = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
         weights = {name: described[name] | hashes[name] for name in described}
@@ -49,7 +48,7 @@ def write_checkpoint(
 
 def _write_shards(
     source: Source, folder: Path, n: int, dtype: torch.dtype
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, str | list[str]]]:
     """Write all weights into n shards; what the manifest then says of the hashes of each.
 
     As many weights at a time as torch has threads, the largest first.
@@ -63,8 +62,9 @@ def _write_shards(
         byte_bar(sum(size.values()) * dtype.itemsize) as bar,
         hash_threads() as pool,
     ):
-        written = pool.map(lambda name: _write_weight(source, name, shards, dtype), names)
-        for name, found in zip(names, written):
+        work = functools.partial(_write_weight, source, shards=shards, dtype=dtype)
+        # No name for what map gives: when it is dropped, weights not yet begun are left out.
+        for name, found in zip(names, pool.map(work, names)):
             hashes[name] = found
             check_flushed()
             bar.update(size[name] * dtype.itemsize)
@@ -73,7 +73,7 @@ def _write_shards(
 
 def _write_weight(
     source: Source, name: str, shards: list["_ShardFile"], dtype: torch.dtype
-) -> dict[str, object]:
+) -> dict[str, str | list[str]]:
     """Write one weight into all shards; the SHA-256 of the whole, and of each of its parts.
 
     The source is asked whether what was read is what it should hold.
@@ -82,21 +82,23 @@ def _write_weight(
     part_shape = cut.shape(source.shapes[name])
     row_bytes = math.prod(part_shape[1:]) * dtype.itemsize
     as_read, whole = hashlib.sha256(), hashlib.sha256()
-    parts = [whole] if cut.parts == 1 else [hashlib.sha256() for _ in range(cut.parts)]
+    # One part is the whole, and not hashed twice.
+    parts = [hashlib.sha256() for _ in range(cut.parts)] if cut.parts > 1 else []
     for start, block in source.blocks(name):
         converted = block.to(dtype)
         whole.update(bytes_of(converted))
         if dtype != block.dtype:
             as_read.update(bytes_of(block))
-        for part, row, rows in _by_part(converted, start, cut, part_shape):
+        for part, first_row, rows in _by_part(converted, start, cut, part_shape):
             data = bytes_of(rows)
-            if parts[part] is not whole:
+            if parts:
                 parts[part].update(data)
-            for i, shard in enumerate(shards):
+            for i, shard in enumerate(shards):  # KV heads and norms: into several
                 if cut.part_in(i) == part:
-                    shard.write(name, row * row_bytes, data)
+                    shard.write(name, first_row * row_bytes, data)
     source.check(name, (whole if dtype == block.dtype else as_read).hexdigest())
-    return {"sha256": whole.hexdigest(), "parts": [part.hexdigest() for part in parts]}
+    of_parts = [part.hexdigest() for part in parts] or [whole.hexdigest()]
+    return {"sha256": whole.hexdigest(), "parts": of_parts}
 
 
 def _by_part(
@@ -201,7 +203,7 @@ def _flushing(shards: list[_ShardFile]) -> Iterator[Callable[[], None]]:
     with ThreadPoolExecutor(1) as thread:
         flushed = thread.submit(flush)
 
-        def check() -> None:
+        def check() -> None:  # raises if flushing has failed so far
             if flushed.done():
                 flushed.result()
 

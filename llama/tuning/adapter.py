@@ -69,7 +69,7 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
 
 
 def base_model_facts(transformer: Transformer) -> dict:
-    """What tells one model from another, however many ranks hold it."""
+    """Facts that mostly tell one model from another: its sizes, and a hash of its norms."""
     norms = [block.ffn_norm.weight for block in transformer.layers] + [transformer.norm.weight]
     content = torch.stack([norm.float().cpu() for norm in norms])
     facts = {"dtype": str(norms[0].dtype), "norms_sha256": sha256_of(content)}

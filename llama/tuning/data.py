@@ -1,15 +1,14 @@
 """Instruction data: Alpaca's prompts, rows from JSON, tokens with labels, batches."""
 
-import json
 import random
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llama import cli
+from llama.files import check_text, parse_json, read_lines
 from llama.tokenizer import Tokenizer
 from llama.tuning.options import ALPACA_PREAMBLE
 
@@ -46,57 +45,33 @@ def load_instructions(path: str | Path) -> list[dict[str, str]]:
     Raises FileNotFoundError, or ValueError with the number of the row (array) or line (JSON
     lines) that is wrong, both counted from 1.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such dataset file (--dataset_path)")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-    rows = [_check_row(where, value) for where, value in _values_in(path, text)]
+    lines = read_lines(path)
+    if lines and lines[0][1].lstrip().startswith("["):
+        values = parse_json(str(path), path.read_text(encoding="utf-8-sig"))
+        rows = [(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
+    else:
+        rows = [(where, parse_json(where, line)) for where, line in lines]
     if not rows:
         raise ValueError(f"{path}: no row in it; {EXPECTED}")
-    return rows
-
-
-def _values_in(path: str | Path, text: str) -> Iterator[tuple[str, object]]:
-    """Yield the JSON values of an array or of lines, each with where it stands, for messages."""
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(_parse(str(path), text), 1):
-            yield f"{path}, row {number}", value
-        return
-    # Not splitlines(): that also cuts at U+2028, which JSON allows inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _parse(where, line)
-
-
-def _parse(where: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter for nesting too deep
-        raise ValueError(f"{where}: not JSON ({error}); {EXPECTED}") from None
+    return [_check_row(where, value) for where, value in rows]
 
 
 def _check_row(where: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: not an object but {type(value).__name__}; {EXPECTED}")
-    row = {key: value.get(key, default) for key, default in DEFAULTS.items()}
-    for key, text in row.items():
-        if not isinstance(text, str):
-            raise ValueError(f'{where}: no text "{key}"; {EXPECTED}')
-        if re.search("[\ud800-\udfff]", text):  # JSON can write half a surrogate pair
-            raise ValueError(f'{where}: "{key}" holds a character cut in half')
-    return row
+    return {key: check_text(where, key, value.get(key, DEFAULTS[key])) for key in DEFAULTS}
 
 
 def tokenize_dataset(
-    path: str | Path, tokenizer: Tokenizer, max_seq_len: int, *, train_on_inputs: bool = False
+    path: str | Path, tokenizer: Tokenizer, longest: int, *, train_on_inputs: bool = False
 ) -> list[Row]:
     """Make tokens of the rows of a file: prompt, response, end of sequence.
 
-    labels are -100 on the prompt unless train_on_inputs. Rows beyond max_seq_len are cut; those
-    whose prompt leaves no room for a response are left out; one message says how many.
+    labels are -100 on the prompt unless train_on_inputs. Rows of more than longest tokens are cut;
+    those whose prompt leaves no room for a response are left out; one message says how many.
     Raises what load_instructions does, and ValueError if no row is left.
     """
     instructions = load_instructions(path)
@@ -105,25 +80,26 @@ def tokenize_dataset(
     for row in instructions:
         prompt = alpaca_prompt(row["instruction"], row["input"])
         prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
-        if len(prompt_ids) >= max_seq_len:
+        if len(prompt_ids) >= longest:
             too_long.append(len(prompt_ids))
             continue
         response_ids = _response_ids(tokenizer, prompt, prompt_ids, row["output"])
         ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
-        cut += len(ids) > max_seq_len
-        ids = torch.tensor(ids[:max_seq_len], dtype=torch.int32)
+        cut += len(ids) > longest
+        ids = torch.tensor(ids[:longest], dtype=torch.int32)
         labels = ids.clone()
         if not train_on_inputs:
             labels[: len(prompt_ids)] = IGNORE
         rows.append({"input_ids": ids, "labels": labels})
     if not rows:
         raise ValueError(
-            f"{path}: no row leaves room for a response within {max_seq_len} tokens: the shortest "
-            f"prompt has {min(too_long)}; give a larger --max_seq_len"
+            f"{path}: no row leaves room for a response the {longest} tokens beside the "
+            f"tuned prompt's: the shortest prompt has {min(too_long)}; give a larger --max_seq_len"
         )
     if cut or too_long:
         cli.say(
-            f"{path}: of {len(instructions)} rows {cut} were cut to {max_seq_len} tokens and "
+            f"{path}: of {len(instructions)} rows {cut} were cut to the {longest} tokens "
+            f"beside the tuned prompt's, and "
             f"{len(too_long)} left out, whose prompt alone fills that"
         )
     return rows

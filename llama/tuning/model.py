@@ -39,7 +39,7 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
     ) -> CausalLMOutput:
         """Return the mean loss of labelled tokens, or without labels the logits.
 
-        num_items_in_batch, which the Trainer gives under gradient accumulation, replaces the number
+        num_items_in_batch, which the Trainer gives, replaces the number
         of labelled tokens as what the sum is divided by. All ranks return the same loss.
         Shapes: inputs and labels (bsz, seqlen), logits (bsz, seqlen, vocab_size).
         """
@@ -71,7 +71,7 @@ def add_soft_prompt(
     with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 warns of
         warnings.simplefilter("ignore", FutureWarning)
         model = peft.get_peft_model(LlamaForPromptTuning(transformer, str(ckpt_dir)), config)
-    if init_ids is None:
+    if not init_ids:
         init_ids = torch.randint(transformer.args.vocab_size, (num_virtual_tokens,)).tolist()
     repeated = (init_ids * num_virtual_tokens)[:num_virtual_tokens]
     prompt, norm = soft_prompt_of(model), transformer.norm.weight

@@ -37,7 +37,7 @@ class TuningOptions:
         num_virtual_tokens: length of the prompt.
         num_epochs: passes over the data.
         max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
-        batch_size: rows a step, the same ones on every rank.
+        batch_size: rows a batch, the same ones on every rank.
         gradient_accumulation_steps: batches whose gradients add up to one step.
         lr: highest learning rate.
         warmup_steps: steps over which the learning rate rises.
@@ -70,7 +70,7 @@ class TuningOptions:
     warmup_steps: int = option(10, at_least=0, must_stay=True)
     lr_scheduler: str = option("cosine", must_stay=True)
     max_seq_len: int = option(256, must_stay=True)
-    max_grad_norm: float = option(1.0, at_least=0)
+    max_grad_norm: float = option(1.0, at_least=0, must_stay=True)
     val_set_size: int = option(0, must_stay=True)
     eval_steps: int = option(50, at_least=1)
     save_steps: int = option(50, at_least=1)

@@ -95,7 +95,9 @@ class PromptTrainer(transformers.Trainer):
             "dataset_sha256": _sha256(Path(options.dataset_path)),
         }
         if any(facts != self.must_stay for facts in parallel.gather_objects(self.must_stay)):
-            raise ValueError("the ranks read different datasets; give all machines the same one")
+            raise ValueError(
+                "the ranks read different models or datasets; give all machines the same files"
+            )
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint if one is given, and evaluate what came out.
@@ -132,7 +134,7 @@ class PromptTrainer(transformers.Trainer):
         """Write a checkpoint, by rank 0: the whole folder or nothing. The Trainer calls this."""
         if parallel.rank() == 0:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            remove(folder)  # not whole, or this run would have gone on from it
+            remove(folder)  # not whole: a resumed run starts from the newest whole one
             with new_folder(folder) as partial:
                 save_adapter(self.model, partial)
                 self._save_optimizer_and_scheduler(str(partial))
