@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import fire
-from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 # torchrun ends all ranks as soon as one has failed: a rank that is not to speak waits so long, so
@@ -46,7 +45,7 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
             if options
             else functools.partial(main, **flags)
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _fail(f"error: {error}", first=_RANK == 0)
     from llama import parallel  # here, so that help and a mistyped flag need no torch
 
@@ -104,34 +103,17 @@ def parse_flags(main: Callable[..., None]) -> dict:
     for a flag that is unknown, lacks its value or has one of another type, and for one too few.
     """
     parameters = inspect.signature(main).parameters
-    given: dict = {}
-
-    def take(**values: object) -> None:
-        given.update(values)
-
-    # For fire: the flags by their names alone, with the page that main's docstring gives.
-    by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
-    take.__signature__ = inspect.Signature(by_name)
-    take.__doc__ = main.__doc__
     if {"--help", "-h"} & set(sys.argv[1:]):
-        _show_help(take)
-    types = {name: functools.partial(_value, p) for name, p in parameters.items()}
-    fire.Fire(SetParseFns(**types)(take), command=_flags(sys.argv[1:], parameters))
-    return given
-
-
-def _flags(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The command line as --name=value, each name that of a parameter."""
+        _show_help(main, parameters)
     names = {name.rstrip("_"): name for name in parameters}
-    flags, waiting = {}, deque(arguments)
+    flags, waiting = {}, deque(sys.argv[1:])
     while waiting:
         flag, equals, value = waiting.popleft().partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in names:
             close = difflib.get_close_matches(name, names, 1)
-            raise ValueError(
-                f"no flag {flag}; {f'did you mean --{close[0]}?' if close else 'see --help'}"
-            )
+            hint = f"did you mean --{close[0]}?" if close else "see --help"
+            raise ValueError(f"no flag {flag}; {hint}")
         follows = waiting[0] if waiting else "--"
         if not equals and parameters[names[name]].annotation is bool:
             value = waiting.popleft() if follows in ("True", "False") else "True"
@@ -139,11 +121,11 @@ def _flags(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) ->
             if follows.startswith("--"):
                 raise ValueError(f"--{name} needs a value; see --help")
             value = waiting.popleft()
-        flags[names[name]] = value
+        flags[names[name]] = _value(parameters[names[name]], value)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in flags:
             raise ValueError(f"--{name.rstrip('_')} is needed; see --help")
-    return [f"--{name}={value}" for name, value in flags.items()]
+    return flags
 
 
 def _value(parameter: inspect.Parameter, text: str) -> object:
@@ -155,12 +137,18 @@ def _value(parameter: inspect.Parameter, text: str) -> object:
     raise ValueError(f"--{parameter.name.rstrip('_')} wants {kind.__name__}, not {text!r}")
 
 
-def _show_help(main: Callable[..., None]) -> NoReturn:
+def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Parameter]) -> NoReturn:
     """Print fire's page for main on stdout, once, without what fire says of itself."""
+
+    def page_of(**_: object) -> None: ...
+
+    # By their names alone, as they are taken here.
+    by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    page_of.__signature__, page_of.__doc__ = inspect.Signature(by_name), main.__doc__
     os.environ.setdefault("PAGER", "cat")
     page = io.StringIO()
     with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
-        fire.Fire(main, command=["--help"])
+        fire.Fire(page_of, command=["--help"])
     lines = [line for line in page.getvalue().splitlines() if not line.startswith("INFO:")]
     text = re.sub(r"\b(from|FROM)_\b", r"\1", "\n".join(lines).strip())
     text = re.sub(r"(?m)^    -\w, --", "    --", text)
