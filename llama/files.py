@@ -237,6 +237,15 @@ def _check_archive(path: Path) -> None:
                         )
 
 
+def hash_of(path: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file's bytes, in hexadecimal digits."""
+    total = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, row by row, as they lie in a file."""
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")

@@ -25,7 +25,7 @@ from llama.checkpoint.weights import (
     valid_shard_counts,
 )
 from llama.cli import byte_bar, counted, first_few, say, shown
-from llama.files import bytes_of, load_plain, naming, read_json, sha256_of
+from llama.files import bytes_of, hash_of, load_plain, naming, read_json, sha256_of
 from llama.model import ModelArgs
 from llama.options import DTYPES
 
@@ -232,7 +232,7 @@ class Checkpoint(Source):
         for path, md5 in listed.items():
             if not path.is_file():
                 faults.append(f"{path}: missing, though {CHECKLIST} lists it")
-            elif _md5_of(path) != md5:
+            elif hash_of(path, "md5") != md5:
                 faults.append(f"{path}: its MD5 is not the one in {CHECKLIST}; copy it again")
         return faults
 
@@ -258,14 +258,6 @@ def whole_sha256(source: Source, name: str, dtype: torch.dtype | None = None) ->
     total = hashlib.sha256()
     for _, block in source.blocks(name):
         total.update(bytes_of(block.to(dtype or block.dtype)))
-    return total.hexdigest()
-
-
-def _md5_of(path: Path) -> str:
-    total = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
     return total.hexdigest()
 
 

@@ -3,7 +3,6 @@
 import functools
 import math
 import sys
-from hashlib import sha256
 from pathlib import Path
 
 import peft
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from llama import cli, parallel
-from llama.files import new_folder, read_json, remove, write_json, write_whole
+from llama.files import hash_of, new_folder, read_json, remove, write_json, write_whole
 from llama.tuning.adapter import base_model_facts, differing, load_soft_prompt, save_adapter
 from llama.tuning.data import Row, collate
 from llama.tuning.model import soft_prompt_of
@@ -92,7 +91,7 @@ class PromptTrainer(transformers.Trainer):
         self.must_stay = {
             **base_model_facts(model.get_base_model().transformer),
             **options.must_stay(),
-            "dataset_sha256": _sha256(Path(options.dataset_path)),
+            "dataset_sha256": hash_of(Path(options.dataset_path)),
         }
         if any(facts != self.must_stay for facts in parallel.gather_objects(self.must_stay)):
             raise ValueError(
@@ -199,11 +198,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
 
 def _hashes_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a checkpoint's folder but RUN itself."""
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != RUN}
-
-
-def _sha256(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
+    return {path.name: hash_of(path) for path in sorted(folder.iterdir()) if path.name != RUN}
 
 
 def plot_losses(log_history: list[dict], path: Path) -> None:
