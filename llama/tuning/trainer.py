@@ -4,6 +4,7 @@ import functools
 import math
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import peft
 import torch
@@ -114,7 +115,11 @@ class PromptTrainer(transformers.Trainer):
         with tqdm(total=steps, initial=done, unit="step", disable=not cli.show_bars()) as bar:
             self.add_callback(Watch(soft_prompt_of(self.model), bar))
             if done < steps:
-                self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                try:
+                    self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                except UnpicklingError as error:
+                    reason = cli.shown(str(error))
+                    raise ValueError(f"{checkpoint}: holds more than tensors: {reason}") from None
             else:
                 self._load_from_checkpoint(str(checkpoint))
             evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
