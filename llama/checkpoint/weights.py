@@ -13,7 +13,7 @@ from llama.cli import first_few
 from llama.model import ModelArgs
 from llama.options import check_dtype
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 128  # a few MB at the most, on each of several threads
 
 
 @dataclass(frozen=True)
