@@ -8,7 +8,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import TOKENIZERS, make_params, random_source
 from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,28 +16,21 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from llama import parallel
 from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.params import SIZES
 from llama.checkpoint.weights import Source
 from llama.checkpoint.write import write_checkpoint
 from llama.generation import load_model
 
 VOCABULARY = 96
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def save_hf(folder: Path, dtype=torch.float32, max_shard_size="1GB", **changes) -> None:
     """Save a model with weights large enough that every mistake shows to a Hugging Face folder."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 200, "vocab_size": VOCABULARY}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = {"initializer_range": 0.3, "max_position_embeddings": 131072}
-    config |= {"bos_token_id": None, "eos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | config | changes))).to(dtype)
+    config = {"hidden_size": 64, "intermediate_size": 200, "vocab_size": VOCABULARY}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"initializer_range": 0.3, "max_position_embeddings": 131072}
+    model = LlamaForCausalLM(LlamaConfig(**(config | changes))).to(dtype)
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(weight, 1.0, 0.3)
@@ -58,18 +50,9 @@ def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **cha
     """
     source = gguf_source(**changes)
     args = source.args
-    fields = {
-        "llama.block_count": args.n_layers,
-        "llama.context_length": 1024,
-        "llama.embedding_length": args.dim,
-        "llama.feed_forward_length": args.hidden_dim,
-        "llama.attention.head_count": args.n_heads,
-        "llama.attention.head_count_kv": args.n_kv_heads,
-        "llama.attention.layer_norm_rms_epsilon": args.norm_eps,
-        "llama.rope.freq_base": args.rope_theta,
-        "llama.rope.dimension_count": args.head_dim,
-        "llama.vocab_size": args.vocab_size,
-    } | dict(meta)
+    fields = {size.gguf: getattr(args, size.meta) for size in SIZES}
+    fields |= {"llama.context_length": 1024, "llama.rope.dimension_count": args.head_dim}
+    fields |= dict(meta)
     # gguf knows what the weights are called in Meta's files.
     gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
     weights = {
@@ -80,11 +63,9 @@ def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **cha
 
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
     for key, value in fields.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-        add |= {str: writer.add_string, list: writer.add_array}
         value = value.tolist() if isinstance(value, np.ndarray) else value
         if value is not None:
-            add[type(value)](key, value)
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, weight in weights.items():
         if weight is not None and weight.ndim > 1:
             writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
@@ -125,10 +106,10 @@ def byte_level_vocabulary(n: int) -> dict:
 
 
 @torch.inference_mode()
-def assert_same_logits(path: Path, reference: transformers.LlamaForCausalLM, folder: Path) -> None:
-    """Convert what is at path into the folder; the model must compute as the reference does."""
-    write_checkpoint(open_any(path), folder)
-    model = load_model(Checkpoint(folder), parallel.setup(), torch.float32)
+def assert_same_logits(path: Path, reference: LlamaForCausalLM) -> None:
+    """Convert what is at path into a folder beside it; it must compute as the reference does."""
+    write_checkpoint(open_any(path), path.with_name("ckpt"))
+    model = load_model(Checkpoint(path.with_name("ckpt")), parallel.setup(), torch.float32)
     ids = torch.randint(VOCABULARY, (2, 50), generator=torch.Generator().manual_seed(1))
     expected = reference.eval()(ids).logits
     assert expected.std() > 1

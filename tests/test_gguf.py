@@ -10,7 +10,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import hf_model
 from formats import (
     assert_fails,
@@ -21,6 +20,7 @@ from formats import (
     write_gguf,
 )
 from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaForCausalLM
 
 from llama.checkpoint import gguf as ours
 from llama.checkpoint.gguf import GGUFFile
@@ -28,10 +28,15 @@ from llama.checkpoint.gguf import GGUFFile
 DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "m.gguf"
+
+
 @pytest.mark.parametrize("kind", [*DTYPES, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1], ids=lambda k: k.name)
-def test_weights_are_those_that_were_written(tmp_path, kind):
-    written = write_gguf(tmp_path / "m.gguf", kind)
-    source = GGUFFile(tmp_path / "m.gguf")
+def test_weights_are_those_that_were_written(path, kind):
+    written = write_gguf(path, kind)
+    source = GGUFFile(path)
     assert source.dtype == DTYPES.get(kind, torch.float32)
     assert source.shapes == written.shapes
     for name in written.shapes:
@@ -44,16 +49,16 @@ def test_weights_are_those_that_were_written(tmp_path, kind):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16, Kind.Q4_1], ids=lambda k: k.name)
-def test_any_rows_or_columns_are_those_of_the_whole_weight(tmp_path, kind, tied):
-    write_gguf(tmp_path / "m.gguf", kind, tied)
-    source = GGUFFile(tmp_path / "m.gguf")
+def test_any_rows_or_columns_are_those_of_the_whole_weight(path, kind, tied):
+    write_gguf(path, kind, tied)
+    source = GGUFFile(path)
     assert source.read("output.weight").equal(source.read("tok_embeddings.weight")) is tied
     assert_ranges_are_slices(source)
 
 
-def test_no_more_rows_are_dequantised_than_asked_for(tmp_path, monkeypatch):
-    write_gguf(tmp_path / "m.gguf", Kind.Q8_0)
-    source = GGUFFile(tmp_path / "m.gguf")
+def test_no_more_rows_are_dequantised_than_asked_for(path, monkeypatch):
+    write_gguf(path, Kind.Q8_0)
+    source = GGUFFile(path)
     spy = Mock(wraps=ours.dequantize)
     monkeypatch.setattr(ours, "dequantize", spy)
     source.read("output.weight", 0, 10, 13)
@@ -62,47 +67,40 @@ def test_no_more_rows_are_dequantised_than_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0], ids=lambda k: k.name)
-def test_converted_model_gives_the_logits_of_transformers_on_the_same_file(tmp_path, kind, tied):
-    write_gguf(tmp_path / "m.gguf", kind, tied)
-    reference = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path, gguf_file="m.gguf", dtype=torch.float32
-    )
-    assert_same_logits(tmp_path / "m.gguf", reference, tmp_path / "ckpt")
+def test_converted_model_gives_the_logits_of_transformers_on_the_same_file(path, kind, tied):
+    write_gguf(path, kind, tied)
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    assert_same_logits(path, LlamaForCausalLM.from_pretrained(path.parent, **options))
 
 
 ROPE = {"rope_theta": 5e5, "n_heads": 1, "n_kv_heads": 1}
 
 
-def rope_factors(factor, high_freq_factor=4.0):
-    """The divisors that Llama 3.1's scaling puts into a GGUF file, by transformers' own rule."""
+def scaled_model(factor, **changes):
     scaled = {"use_scaled_rope": True, "rope_scaling_factor": factor}
-    scaled["rope_high_freq_factor"] = high_freq_factor
-    models = [hf_model(gguf_source(**ROPE, **changes)) for changes in ({}, scaled)]
-    plain, after = (model.model.rotary_emb.inv_freq for model in models)
-    return (plain / after).numpy()
+    return hf_model(gguf_source(**ROPE, **scaled, **changes))
+
+
+def rope_factors(factor, **changes):
+    """The divisors that Llama 3.1's scaling puts into a GGUF file, by transformers' own rule."""
+    models = (hf_model(gguf_source(**ROPE)), scaled_model(factor, **changes))
+    plain, scaled = (model.model.rotary_emb.inv_freq for model in models)
+    return (plain / scaled).numpy()
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_rope_factors_become_scaled_rope(tmp_path, factor):
-    write_gguf(tmp_path / "m.gguf", tensors={"rope_freqs.weight": rope_factors(factor)}, **ROPE)
-    params = GGUFFile(tmp_path / "m.gguf").params
+def test_rope_factors_become_scaled_rope(path, factor):
+    write_gguf(path, tensors={"rope_freqs.weight": rope_factors(factor)}, **ROPE)
+    params = GGUFFile(path).params
     assert params["use_scaled_rope"] is True
     assert params.get("rope_scaling_factor", 8.0) == factor
-    scaled = ROPE | {"use_scaled_rope": True, "rope_scaling_factor": factor}
-    reference = hf_model(gguf_source(**scaled))
-    assert_same_logits(tmp_path / "m.gguf", reference, tmp_path / "ckpt")
-
-
-def test_rope_factors_of_one_change_nothing(tmp_path):
-    ones = {"rope_freqs.weight": np.ones(4, np.float32)}
-    write_gguf(tmp_path / "m.gguf", tensors=ones)
-    assert "use_scaled_rope" not in GGUFFile(tmp_path / "m.gguf").params
+    assert_same_logits(path, scaled_model(factor))
 
 
 @pytest.mark.parametrize(
     "factors",
     [
-        rope_factors(8.0, high_freq_factor=2.0),
+        rope_factors(8.0, rope_high_freq_factor=2.0),
         rope_factors(8.0)[:-1],
         np.full(32, np.nan, np.float32),
         np.zeros(32, np.float32),
@@ -110,16 +108,16 @@ def test_rope_factors_of_one_change_nothing(tmp_path):
     ],
     ids=["other formula", "other length", "nan", "zero", "all alike"],
 )
-def test_rope_factors_of_another_kind_are_refused(tmp_path, factors):
-    write_gguf(tmp_path / "m.gguf", tensors={"rope_freqs.weight": factors}, **ROPE)
-    assert_fails(tmp_path / "m.gguf", "rope")
+def test_rope_factors_of_another_kind_are_refused(path, factors):
+    write_gguf(path, tensors={"rope_freqs.weight": factors}, **ROPE)
+    assert_fails(path, "rope")
 
 
-def test_defaults_of_absent_fields(tmp_path):
+def test_defaults_of_absent_fields(path):
     absent = ("llama.rope.freq_base", "llama.rope.dimension_count", "llama.vocab_size")
     absent += ("llama.attention.head_count_kv",)
-    write_gguf(tmp_path / "m.gguf", meta=dict.fromkeys(absent), n_kv_heads=8)
-    source = GGUFFile(tmp_path / "m.gguf")
+    write_gguf(path, meta=dict.fromkeys(absent), n_kv_heads=8)
+    source = GGUFFile(path)
     assert source.params["rope_theta"] == 10000.0
     assert source.params["n_kv_heads"] == 8
     assert source.params["norm_eps"] == 1e-5  # not the float32 nearest to it
@@ -131,7 +129,6 @@ OTHER_MODELS = {
     "architecture": ({"general.architecture": "qwen2"}, {}, "general.architecture is 'qwen2'"),
     "experts": ({"llama.expert_count": 8}, {}, "llama.expert_count is 8"),
     "heads by layer": ({"llama.attention.head_count": [8, 8]}, {}, "head_count is array"),
-    "kv heads by layer": ({"llama.attention.head_count_kv": [8, 8]}, {}, "head_count_kv is array"),
     "head size": ({"llama.attention.key_length": 16}, {}, "key_length is 16"),
     "value size": ({"llama.attention.value_length": 16}, {}, "value_length is 16"),
     "rotated part": ({"llama.rope.dimension_count": 4}, {}, "dimension_count is 4"),
@@ -139,32 +136,20 @@ OTHER_MODELS = {
     "rope factor": ({"llama.rope.scaling.factor": 2.0}, {}, "scaling.factor is 2.0"),
     "split file": ({"split.count": 3}, {}, "split.count is 3"),
     "no eps": ({"llama.attention.layer_norm_rms_epsilon": None}, {}, "epsilon is None"),
-    "text for a size": ({"llama.block_count": "2"}, {}, "block_count is '2'"),
-    "too many layers": ({"llama.block_count": 3}, {}, "layers.2.attention.wq.weight is missing"),
     "endless layers": ({"llama.block_count": 2**31 - 1}, {}, "too few for 2147483647 layers"),
-    "other width": ({"llama.embedding_length": 32}, {}, "dimension_count is 8"),
     "other vocabulary": ({"llama.vocab_size": 95}, {}, "shape (96, 64), expected (95, 64)"),
     "other FFN": ({"llama.feed_forward_length": 128}, {}, "w1.weight has shape (192, 64)"),
     "bias": ({}, {"blk.0.attn_q.bias": ONES[0]}, "blk.0.attn_q.bias"),
-    "unknown weight": ({}, {"blk.0.ffn_gate_inp.weight": ONES}, "blk.0.ffn_gate_inp.weight"),
     "missing weight": ({}, {"blk.1.ffn_up.weight": None}, "w3.weight is missing"),
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight"),
-    "shape": ({}, {"output_norm.weight": ONES[0, :32]}, "norm.weight has shape (32,)"),
+    "flat embedding": ({}, {"token_embd.weight": ONES[0]}, "has shape (64,), expected (96, 64)"),
 }
 
 
 @pytest.mark.parametrize(("meta", "tensors", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS)
-def test_model_that_cannot_be_converted_is_named(tmp_path, meta, tensors, message):
-    write_gguf(tmp_path / "m.gguf", meta=meta, tensors=tensors)
-    assert_fails(tmp_path / "m.gguf", message)
-
-
-def test_types_that_cannot_be_dequantised_are_named(tmp_path):
-    write_gguf(tmp_path / "m.gguf", tensors={"rope_freqs.weight": ONES[0, :4]})
-    path = tmp_path / "m.gguf"
-    name = b"rope_freqs.weight" + struct.pack("<IQ", 1, 4)
-    path.write_bytes(path.read_bytes().replace(name + b"\0", name + bytes([Kind.I32])))
-    assert_fails(path, "I32 cannot be converted")
+def test_model_that_cannot_be_converted_is_named(path, meta, tensors, message):
+    write_gguf(path, meta=meta, tensors=tensors)
+    assert_fails(path, message)
 
 
 # Damaged files, byte by byte
@@ -246,47 +231,54 @@ def small_memory():
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_file_is_an_error_that_costs_nothing(tmp_path, content, small_memory):
-    path = tmp_path / "m.gguf"
+def test_damaged_file_is_an_error_that_costs_nothing(path, content, small_memory):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"m\.gguf: ") as caught:
         GGUFFile(path)
     # Found in the header, and not by chance later: these files hold no model.
-    assert "architecture" not in str(caught.value)
-    assert "token_embd" not in str(caught.value)
-    assert "no Llama model" not in str(caught.value)
+    later = ("architecture", "token_embd", "no Llama model")
+    assert not any(words in str(caught.value) for words in later)
 
 
-def test_empty_strings_of_a_sparse_file_cost_nothing(tmp_path, small_memory):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(damaged(field(b"k", ARRAY, struct.pack("<IQ", STRING, 100_000_000))))
+SPARSE = {
+    "100,000,000 strings": damaged(field(b"k", ARRAY, struct.pack("<IQ", STRING, 100_000_000))),
+    "'' is there twice": damaged(n_fields=100_000_000),
+}
+
+
+@pytest.mark.parametrize(("message", "content"), SPARSE.items(), ids=["strings", "fields"])
+def test_zeros_of_a_sparse_file_cost_nothing(path, message, content, small_memory):
+    path.write_bytes(content)
     with path.open("r+b") as file:
         file.truncate(1 << 30)
-    assert_fails(path, "announces 100,000,000 strings")
+    assert_fails(path, message)
 
 
-def test_undamaged_header_gets_past_the_checks_above(tmp_path):
+def test_types_that_cannot_be_dequantised_are_named(path):
+    path.write_bytes(damaged(tensors=[tensor(kind=Kind.I32)]))
+    assert_fails(path, "I32 cannot be converted")
+
+
+def test_undamaged_header_gets_past_the_checks_above(path):
     tensors = [tensor(), tensor(b"x", offset=128)]
-    (tmp_path / "m.gguf").write_bytes(damaged(field(b"k", UINT8, b"\0"), tensors=tensors))
-    assert_fails(tmp_path / "m.gguf", "weights that no Llama model in Meta's format has: x")
+    path.write_bytes(damaged(field(b"k", UINT8, b"\0"), tensors=tensors))
+    assert_fails(path, "weights that no Llama model in Meta's format has: x")
 
 
-def test_file_cut_anywhere_is_an_error(tmp_path):
-    write_gguf(tmp_path / "whole.gguf")
-    content = (tmp_path / "whole.gguf").read_bytes()
-    path = tmp_path / "m.gguf"
+def test_file_cut_anywhere_is_an_error(path):
+    write_gguf(path)
+    content = path.read_bytes()
     for keep in [*range(0, 3000, 41), len(content) // 2, len(content) - 1]:
         path.write_bytes(content[:keep])
         with pytest.raises(ValueError, match=r"m\.gguf: "):
             GGUFFile(path)
 
 
-def test_flipped_bytes_never_end_in_anything_but_a_value_error(tmp_path, small_memory):
+def test_flipped_bytes_never_end_in_anything_but_a_value_error(path, small_memory):
     tokenizer = byte_level_vocabulary(300) | {"tokenizer.ggml.pre": "gpt-2"}
-    write_gguf(tmp_path / "whole.gguf", meta=tokenizer, vocab_size=320)
-    content = (tmp_path / "whole.gguf").read_bytes()
+    write_gguf(path, meta=tokenizer, vocab_size=320)
+    content = path.read_bytes()
     header = content.index(b"output.weight") + 64
-    path = tmp_path / "m.gguf"
     chance = random.Random(0)
     errors = 0
     for _ in range(200):

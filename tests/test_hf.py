@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from formats import LLAMA3_ROPE, assert_fails, assert_ranges_are_slices, assert_same_logits, save_hf
+from formats import assert_fails, assert_ranges_are_slices, assert_same_logits, save_hf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -14,14 +14,16 @@ from llama.model import ModelArgs
 
 
 def llama3_rope(**changes):
-    return {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5} | changes}
+    """The rotary embedding of Llama 3.1 in config.json."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    return {"rope_parameters": rope | changes}
 
 
 NORM = "model.norm.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 MODELS = {
     "heads = kv heads": {"num_key_value_heads": 4},
-    "grouped queries": {"num_key_value_heads": 2},
     "one kv head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "narrow FFN": {"intermediate_size": 91},
@@ -46,7 +48,7 @@ def rewrite_weights(folder, change):
 
 def assert_equals_transformers(folder):
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert_same_logits(folder, reference, folder.with_name("ckpt"))
+    assert_same_logits(folder, reference)
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
@@ -58,11 +60,10 @@ def test_converted_model_gives_the_logits_of_transformers(tmp_path, changes):
 
 def test_sharded_folder_needs_no_index_and_is_led_nowhere_by_one(tmp_path):
     save_hf(tmp_path / "hf", max_shard_size="100KB")
-    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     reference = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     index = tmp_path / "hf/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {NORM: "/etc/passwd"}}))
-    assert_same_logits(tmp_path / "hf", reference, tmp_path / "ckpt")
+    assert_same_logits(tmp_path / "hf", reference)
     index.unlink()
     assert HFFolder(tmp_path / "hf").shapes
 
@@ -75,7 +76,9 @@ def test_any_rows_or_columns_are_those_of_the_whole_weight(tmp_path, changes):
 
 def test_rope_as_transformers_4_wrote_it(tmp_path):
     save_hf(tmp_path / "hf", **llama3_rope())
-    old = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}
+    rope = llama3_rope()["rope_parameters"]
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    old = {"rope_parameters": None, "rope_theta": theta, "rope_scaling": rope | {"type": kind}}
     edit(tmp_path / "hf/config.json", **old)
     assert_equals_transformers(tmp_path / "hf")
 
@@ -93,21 +96,24 @@ def test_params_name_only_what_differs_from_the_defaults(tmp_path):
     assert "use_scaled_rope" not in params
 
 
-def test_params_give_every_ffn_size_back():
+def test_params_give_every_ffn_size_back_in_metas_words_where_they_can():
     config = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
     config |= {"vocab_size": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
     for dim, sizes in ((64, range(2, 1000)), (4096, (2, 11008, 14336, 10923)), (8192, (28672,))):
         for hidden in sizes:
             sized = config | {"hidden_size": dim, "intermediate_size": hidden}
-            assert ModelArgs.from_params(read_sizes("hf", sized)).hidden_dim == hidden
+            params = read_sizes("hf", sized)
+            assert ModelArgs.from_params(params).hidden_dim == hidden
+            as_metas = params["multiple_of"] == 256 and "ffn_dim_multiplier" not in params
+            assert as_metas == ((dim, hidden) in ((64, 256), (4096, 11008)))
 
 
 def test_tokenizer_files_come_along_and_other_files_do_not(tmp_path):
     save_hf(tmp_path)
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-        (tmp_path / name).write_text(name)
     names = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
-    assert HFFolder(tmp_path).files == {name: name.encode() for name in names}
+    for name in [*names, "vocab.txt"]:
+        (tmp_path / name).touch()
+    assert HFFolder(tmp_path).files == {name: tmp_path / name for name in names}
 
 
 def test_buffers_of_old_exports_are_left_out(tmp_path):
@@ -128,17 +134,14 @@ def test_absent_output_weight_means_tied_unless_config_says_otherwise(tmp_path):
 
 BAD_CONFIGS = {
     "model_type": ({"model_type": "mistral"}, "model_type is 'mistral'"),
-    "no model_type": ({"model_type": None}, "model_type is None"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "attention bias": ({"attention_bias": True}, "attention_bias is True"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias is True"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     "head_dim": ({"head_dim": 32}, "head_dim is 32"),
     "uneven heads": ({"num_attention_heads": 5, "head_dim": None}, "n_heads 5"),
-    "uneven kv heads": ({"num_key_value_heads": 3}, "n_kv_heads 3"),
     "no size": ({"hidden_size": None}, "hidden_size is None"),
     "size is text": ({"hidden_size": "64"}, "hidden_size is '64'"),
-    "size is true": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     "size is huge": ({"hidden_size": 10**400}, "hidden_size is 1000"),
     "size is zero": ({"intermediate_size": 0}, "intermediate_size is 0"),
     "endless layers": ({"num_hidden_layers": 2**31 - 1}, "too few for 2147483647 layers"),
@@ -149,7 +152,7 @@ BAD_CONFIGS = {
     "rope theta": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1"),
     "low_freq_factor": (llama3_rope(low_freq_factor=2), "is 2; only 1"),
     "context": (llama3_rope(original_max_position_embeddings=4096), "is 4096; only 8192"),
-    "high_freq_factor": (llama3_rope(high_freq_factor=1), "is 1.0"),
+    "high_freq_factor": (llama3_rope(high_freq_factor=1), "is 1; it must be above"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
 }
 
@@ -161,19 +164,11 @@ def test_config_that_cannot_be_converted_is_named(tmp_path, changes, message):
     assert_fails(tmp_path, message)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000], ids=len)
-def test_config_that_is_no_json_object(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    assert_fails(tmp_path, "config.json: unreadable")
-
-
 BAD_WEIGHTS = {
     "missing": (lambda w: w.pop(NORM), r"norm.weight is missing"),
     "no embedding": (lambda w: w.pop("model.embed_tokens.weight"), "tok_embeddings.weight is miss"),
-    "unknown": (lambda w: w.update({"model.x.weight": torch.ones(1)}), "model.x.weight"),
     "bias": (lambda w: w.update({Q_PROJ[:-6] + "bias": torch.ones(64)}), "q_proj.bias"),
     "shape": (lambda w: w.update({NORM: torch.ones(65)}), "norm.weight has shape (65,)"),
-    "rank": (lambda w: w.update({Q_PROJ: torch.ones(64, 64, 1)}), r"wq.weight has shape"),
     "layer": (lambda w: w.update({Q_PROJ.replace("0", "7"): w[Q_PROJ] + 1}), "is unexpected"),
     "odd layer": (lambda w: w.update({Q_PROJ.replace("0", "01"): w[Q_PROJ] + 1}), r"layers.01"),
     "type": (lambda w: w.update({NORM: torch.ones(64, dtype=torch.float64)}), "F64"),
@@ -198,17 +193,11 @@ def test_cut_weights_are_an_error(tmp_path, keep):
 def test_shard_that_is_missing_or_of_another_set_is_named(tmp_path):
     save_hf(tmp_path, max_shard_size="100KB")
     second = next(tmp_path.glob("model-00002-of-*"))
-    second.rename(tmp_path / "elsewhere")
-    assert_fails(tmp_path, f"{second.name} missing")
-    (tmp_path / "elsewhere").rename(second)
-    second.with_name("model-00001-of-00001.safetensors").write_bytes(second.read_bytes())
-    assert_fails(tmp_path, "is in another file too")
+    other = second.rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert_fails(tmp_path, f"{other.name}, {second.name} missing or of another set")
 
 
 def test_pickled_weights_alone_are_refused(tmp_path):
     save_hf(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    assert_fails(tmp_path, "Pickled weights (.bin), which can run code when opened, are not read")
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        HFFolder(tmp_path)
+    assert_fails(tmp_path, "Pickled weights (.bin) can run code and are not read")

@@ -26,21 +26,19 @@ from llama.checkpoint.weights import (
     check_layers,
     check_shapes,
     meta_names,
+    weight_shapes,
 )
 from llama.files import naming
 from llama.model import ModelArgs, rope_frequencies
 
-MAGIC = b"GGUF"
 # GGUF's types of a value; those of numbers with struct's letter for them.
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"}
-NUMBERS |= {10: "Q", 11: "q", 12: "d"}
+NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 FLOAT32, STRING, ARRAY = 6, 8, 9
 # Empty strings cost a sparse file nothing but us memory. The largest vocabularies have 300,000.
 MAX_STRINGS = 1 << 22
 
 ROPE_FACTORS = "rope_freqs.weight"
-PLAIN_TYPES = {
-    GGMLQuantizationType.F32: torch.float32,
+HALF_TYPES = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
@@ -52,16 +50,20 @@ class Tensor:
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    dtype: torch.dtype  # what it is read as
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is read as."""
+        return HALF_TYPES.get(self.kind, torch.float32)
 
 
 class GGUFFile(Source):
     """A GGUF file of architecture llama, its tokenizer rebuilt into files.
 
     Opening it reads the header only. wq and wk have their rows in Meta's order already, a tied
-    embedding is the output too. dtype is float32 for quantised files.
+    embedding is the output too. Quantised weights are read as float32, others as they are.
 
     Raises ValueError, naming path and values, for damaged files (every size in them is checked
     against the file's length) and for models that Meta's format cannot express.
@@ -74,27 +76,25 @@ class GGUFFile(Source):
             factors = tensors.pop(ROPE_FACTORS, None)
             names = meta_names("gguf", tensors)
             self._tensors = {name: tensors[there] for name, there in names.items()}
-            if EMBEDDING not in names or len(self._tensors[EMBEDDING].shape) != 2:
-                raise ValueError("no matrix token_embd.weight; is it a part of a split model?")
+            if EMBEDDING not in self._tensors:
+                raise ValueError("token_embd.weight is missing")
             self._tensors.setdefault(OUTPUT, self._tensors[EMBEDDING])
             params = _params(meta, vocab_size=self._tensors[EMBEDDING].shape[0])
             if factors is not None:
                 params = _with_scaled_rope(params, self._rows(factors).flatten())
-            found = {name: tensor.shape for name, tensor in self._tensors.items()}
-            check_layers(ModelArgs.from_params(params), len(found))
-            # Norms are always float32.
-            dtypes = {weight.dtype for weight in self._tensors.values() if len(weight.shape) > 1}
+            args = ModelArgs.from_params(params)
+            check_layers(args, len(self._tensors))
+            shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+            check_shapes(shapes, weight_shapes(args))
+            # Norms are float32 in every file.
+            dtypes = [x.dtype for x in self._tensors.values() if len(x.shape) > 1]
             dtype = functools.reduce(torch.promote_types, dtypes)
-            super().__init__(params, dtype, tokenizer_files(meta, params["vocab_size"]))
-            check_shapes(found, self.shapes)
+            super().__init__(params, dtype, tokenizer_files(meta, args.vocab_size))
 
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
-        """Rows (dim 0) or columns (dim 1) start to stop of a weight; by default all of it.
-
-        Plain types as they are, quantised ones as float32.
-        """
+        """Rows (dim 0) or columns (dim 1) start to stop of a weight; by default all of it."""
         tensor, span = self._tensors[name], slice(start, stop)
         if len(tensor.shape) == 1:  # one row in the file
             return self._rows(tensor)[0, span]
@@ -152,34 +152,33 @@ class _Cursor:
             raise ValueError(f"damaged: it announces {n_items:,} strings; download it again")
         return [self.string() for _ in range(n_items)]
 
+    def tensor_info(self) -> tuple[list[int], int, int]:
+        """A tensor's dimensions, the number of its type, and where it begins among the data."""
+        n_dims = self.number("I")
+        if not 1 <= n_dims <= 4:
+            raise ValueError(f"damaged: a tensor of {n_dims} dimensions before byte {self.at:,}")
+        return [self.number("Q") for _ in range(n_dims)], self.number("I"), self.number("Q")
+
 
 def read_header(data: memoryview) -> tuple[dict, dict[str, Tensor]]:
     """The metadata and the tensors' places, every size checked against the file's length."""
     cursor = _Cursor(data)
-    if cursor.take(len(MAGIC)) != MAGIC:
+    if cursor.take(4) != b"GGUF":
         raise ValueError("not a GGUF file")
     version = cursor.number("I")
     if version not in (2, 3):  # the same layout, little-endian
         raise ValueError(f"GGUF version {version} (big-endian?); versions 2 and 3 can be read")
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
-    meta = {}
+    meta, infos = {}, {}
     for _ in range(n_fields):
         _add_once(meta, cursor.string(), cursor.value())
-    infos = {}
     for _ in range(n_tensors):
-        name, n_dims = cursor.string(), cursor.number("I")
-        if not 1 <= n_dims <= 4:
-            raise ValueError(f"damaged: tensor {name!r} has {n_dims} dimensions")
-        dims = [cursor.number("Q") for _ in range(n_dims)]
-        _add_once(infos, name, (dims, cursor.number("I"), cursor.number("Q")))
-
+        _add_once(infos, cursor.string(), cursor.tensor_info())
     alignment = meta.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
     start = -(-cursor.at // alignment) * alignment
-    tensors = {}
-    for name, (dims, kind, offset) in infos.items():
-        tensors[name] = _place(name, dims, kind, start + offset, len(data))
+    tensors = {name: _place(name, info, start, len(data)) for name, info in infos.items()}
     extents = sorted((tensor.start, tensor.stop) for tensor in tensors.values())
     if any(after < before for (_, before), (after, _) in pairwise(extents)):
         raise ValueError("damaged: two tensors lie in the same bytes; download it again")
@@ -192,21 +191,21 @@ def _add_once(values: dict, name: str, value: object) -> None:
     values[name] = value
 
 
-def _place(name: str, dims: list[int], raw_kind: int, start: int, file_size: int) -> Tensor:
+def _place(name: str, info: tuple[list[int], int, int], data_start: int, file_size: int) -> Tensor:
     """A tensor's extent in the file; its numbers are Python's, so they do not overflow."""
+    dims, raw_kind, offset = info
     kind = GGMLQuantizationType(raw_kind)  # ValueError for an unknown one
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
-    if dims[0] % per_block:
-        raise ValueError(f"damaged: rows of {name!r} ({dims[0]}) are not whole {kind.name} blocks")
+    start = data_start + offset
     stop = start + math.prod(dims) // per_block * block_bytes
-    if 0 in dims or stop > file_size:
-        raise ValueError(f"damaged: {name!r} {dims} ends at byte {stop:,} of {file_size:,}")
+    if 0 in dims or dims[0] % per_block or stop > file_size:
+        extent = f"{dims} of type {kind.name}, to byte {stop:,} of {file_size:,}"
+        raise ValueError(f"damaged: {name!r} is {extent}; download it again")
     try:
         dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except NotImplementedError as error:
         raise ValueError(f"weights of type {kind.name} cannot be converted") from error
-    dtype = PLAIN_TYPES.get(kind, torch.float32)
-    return Tensor(tuple(reversed(dims)), kind, dtype, start, stop)
+    return Tensor(tuple(reversed(dims)), kind, start, stop)
 
 
 def _params(meta: dict, vocab_size: int) -> dict:
@@ -215,7 +214,7 @@ def _params(meta: dict, vocab_size: int) -> dict:
     defaults = {
         "llama.vocab_size": vocab_size,
         "llama.attention.head_count_kv": meta.get("llama.attention.head_count"),
-        "llama.rope.freq_base": 10000.0,
+        "llama.rope.freq_base": ModelArgs.rope_theta,
     }
     params = read_sizes("gguf", defaults | meta)
     head_dim = params["dim"] // params["n_heads"]
@@ -238,8 +237,6 @@ def _with_scaled_rope(params: dict, factors: torch.Tensor) -> dict:
 
     The largest of them is the scaling factor: it divides the slowest frequencies in full.
     """
-    if bool((factors == 1).all()):
-        return params
     scaled = params | scaled_rope_params(round(float(factors.max()), 3))
     before, after = ModelArgs.from_params(params), ModelArgs.from_params(scaled)
     if len(factors) == before.head_dim // 2:

@@ -8,10 +8,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from llama.checkpoint.params import check_values
 from llama.tokenizer import LLAMA3_SPLIT
 
 # GGUF's types of a token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+ADDED = (UNKNOWN, CONTROL, USER_DEFINED)  # those that byte-pair merging does not make
+# Where GGUF has the ids of the tokens that tokenizer_config.json names.
+ID_FIELDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+}
 
 # How a text is cut into words before byte-pair merging, by tokenizer.ggml.pre. llama.cpp treats
 # the names of one line alike (its src/llama-vocab.cpp).
@@ -39,46 +47,48 @@ def tokenizer_files(meta: dict, vocab_size: int) -> dict[str, bytes]:
 
     Raises ValueError for kinds other than 'llama' and 'gpt2' and for damaged vocabularies.
     """
-    kind = _get(meta, "model", str, "no_vocab")
+    check_values(meta, {"tokenizer.ggml.model": (None, "no_vocab", "llama", "gpt2")})
+    kind = meta.get("tokenizer.ggml.model", "no_vocab")
     if kind == "no_vocab":
         return {}
-    if kind not in ("llama", "gpt2"):
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; only llama and gpt2 can be converted")
     tokens = _get(meta, "tokens", list, [])
     vocab = {token: i for i, token in enumerate(tokens)}
-    if not 0 < len(tokens) <= vocab_size or len(vocab) != len(tokens):
+    if not 0 < len(tokens) <= vocab_size or len(vocab) < len(tokens):
         raise ValueError(f"tokenizer.ggml.tokens: expected up to {vocab_size} different tokens")
     types = _numbers(meta, "token_type", len(tokens), NORMAL)
-    is_llama = kind == "llama"
-    ids = {  # where the file names none, those that llama.cpp takes
-        "bos_token": _token_id(meta, "bos", len(tokens), 1 if is_llama else None),
-        "eos_token": _token_id(meta, "eos", len(tokens), 2 if is_llama else None),
-        "pad_token": _token_id(meta, "padding", len(tokens), None),
-    }
+    ids = _special_ids(meta, kind, len(tokens))
     # An id that is meant for the model alone must not arise from a text, whatever its type.
     for i in ids.values():
-        if i is not None and types[i] != UNKNOWN:
+        if types[i] != UNKNOWN:
             types[i] = CONTROL
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **{name: None if i is None else tokens[i] for name, i in ids.items()},
-    }
-    if isinstance(meta.get("tokenizer.chat_template"), str):
-        config["chat_template"] = meta["tokenizer.chat_template"]
     try:
-        rust = _like_llama2(meta, vocab, types) if is_llama else _byte_level(meta, vocab)
-        rust.add_tokens(_added_tokens(tokens, types))
-        adds_bos = is_llama or meta["tokenizer.ggml.pre"] in LLAMA3_PRE
-        config["add_bos_token"] = _get(meta, "add_bos_token", bool, adds_bos)
+        rust = _like_llama2(meta, vocab, types) if kind == "llama" else _byte_level(meta, vocab)
+        added = {token: types[i] for token, i in vocab.items() if types[i] in ADDED}
+        rust.add_tokens(
+            [AddedToken(x, special=added[x] != USER_DEFINED, normalized=False) for x in added]
+        )
+        adds_bos = kind == "llama" or meta["tokenizer.ggml.pre"] in LLAMA3_PRE
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": meta.get("tokenizer.chat_template"),
+            "add_bos_token": _get(meta, "add_bos_token", bool, adds_bos),
+        }
+        config |= {name: tokens[i] for name, i in ids.items()}
         if config["add_bos_token"]:
-            rust.post_processor = _bos_in_front(config["bos_token"], ids["bos_token"])
+            if "bos_token" not in ids:
+                raise ValueError("add_bos_token is set, but there is no bos_token_id")
+            bos = config["bos_token"]
+            rust.post_processor = TemplateProcessing(
+                single=[bos, "$A"], special_tokens=[(bos, ids["bos_token"])]
+            )
+        files = {
+            "tokenizer.json": rust.to_str(),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
+        return {name: content.encode() for name, content in files.items()}
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"the tokenizer is unusable: {error}") from error
-    return {
-        "tokenizer.json": rust.to_str().encode(),
-        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
-    }
 
 
 def _like_llama2(meta: dict, vocab: dict[str, int], types: list[int]) -> Tokenizer:
@@ -121,36 +131,26 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 def _byte_level(meta: dict, vocab: dict[str, int]) -> Tokenizer:
     """GPT-2's byte-pair merging within words, as Llama 3 and SmolLM2 have it."""
-    pre, merges = meta.get("tokenizer.ggml.pre"), meta.get("tokenizer.ggml.merges")
-    if str(pre) not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"tokenizer.ggml.pre is {pre!r}; only {', '.join(PRE_TOKENIZERS)} can be converted. "
-            "(Files from before May 2024 have none: take a newer one)"
-        )
-    if not isinstance(merges, list) or not all(merge.count(" ") == 1 for merge in merges):
+    check_values(meta, {"tokenizer.ggml.pre": tuple(PRE_TOKENIZERS)})
+    pre = meta["tokenizer.ggml.pre"]
+    merges = [tuple(merge.split(" ")) for merge in _get(meta, "merges", list, [])]
+    if not merges or any(len(pair) != 2 for pair in merges):
         raise ValueError("tokenizer.ggml.merges: expected a list of pairs of tokens")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    rust = Tokenizer(BPE(vocab=vocab, merges=pairs, ignore_merges=pre in LLAMA3_PRE))
+    rust = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE))
     rust.pre_tokenizer = PRE_TOKENIZERS[pre]
     rust.decoder = decoders.ByteLevel()
     return rust
 
 
-def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
-    """The tokens that byte-pair merging does not make."""
-    return [
-        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-        for token, kind in zip(tokens, types)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
-
-
-def _bos_in_front(bos: str | None, bos_id: int | None) -> TemplateProcessing:
-    if bos is None:
-        raise ValueError("add_bos_token is set, but there is no bos_token_id")
-    return TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
-    )
+def _special_ids(meta: dict, kind: str, n_tokens: int) -> dict[str, int]:
+    """The ids that a text cannot give; where the file names none, those that llama.cpp takes."""
+    defaults = {"bos_token": 1, "eos_token": 2} if kind == "llama" else {}
+    ids = {name: _get(meta, field, int, defaults.get(name)) for name, field in ID_FIELDS.items()}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    for name, i in ids.items():
+        if not 0 <= i < n_tokens:
+            raise ValueError(f"tokenizer.ggml.{ID_FIELDS[name]} is {i}; the ids end at {n_tokens}")
+    return ids
 
 
 def _get(meta: dict, name: str, kind: type, default: object) -> object:
@@ -168,10 +168,3 @@ def _numbers(meta: dict, name: str, n: int, default: float) -> list:
     if len(values) != n or not np.isfinite(values).all():
         raise ValueError(f"tokenizer.ggml.{name}: expected {n} finite numbers")
     return values.tolist()
-
-
-def _token_id(meta: dict, name: str, n_tokens: int, default: int | None) -> int | None:
-    i = _get(meta, f"{name}_token_id", int, default)
-    if i is not None and not 0 <= i < n_tokens:
-        raise ValueError(f"tokenizer.ggml.{name}_token_id is {i}, but the ids end at {n_tokens}")
-    return i

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import transformers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 # A buffer that old exports saved with the weights; it follows from the configuration.
 RECOMPUTED = "rotary_emb.inv_freq"
 # safetensors' names of the types that a checkpoint may hold.
@@ -39,31 +38,28 @@ class HFFolder(Source):
     Opening it reads headers only. The rows of wq and wk come out in Meta's order (rotary pairs are
     neighbours), a tied embedding as the output too.
 
-    Raises FileNotFoundError without config.json; ValueError, naming the values, for any model that
-    Meta's format cannot express and for missing, unexpected, misshapen or damaged weights.
+    Raises ValueError, naming path and values, for any model that Meta's format cannot express and
+    for missing, unexpected, misshapen or damaged weights.
     """
 
     def __init__(self, path: str | Path) -> None:
         folder = Path(path)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder / CONFIG}: no such file; give a Hugging Face folder")
         config = read_json(folder / CONFIG)
         with naming(folder / CONFIG):
             params = _params(config)
-            args = ModelArgs.from_params(params)
         files = _open_weights(folder)
-        tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
         with naming(folder):
             names = meta_names("hf", [name for name in files if not name.endswith(RECOMPUTED)])
             # An explicit "false" says that the two were trained apart: then one of them is lost.
             if config.get("tie_word_embeddings", OUTPUT not in names) and EMBEDDING in names:
                 names[OUTPUT] = names[EMBEDDING]
-            check_layers(args, len(names))
+            check_layers(ModelArgs.from_params(params), len(names))
             self._slices = {name: files[hf].get_slice(hf) for name, hf in names.items()}
             types = {name: weight.get_dtype() for name, weight in self._slices.items()}
             check_values(types, dict.fromkeys(types, tuple(DTYPES)))
             dtype = functools.reduce(torch.promote_types, {DTYPES[x] for x in types.values()})
-            super().__init__(params, dtype, {path.name: path.read_bytes() for path in tokenizer})
+            tokenizer = {path.name: path for path in folder.glob("tokenizer*") if path.is_file()}
+            super().__init__(params, dtype, tokenizer)
             found = {name: tuple(weight.get_shape()) for name, weight in self._slices.items()}
             check_shapes(found, self.shapes)
 
@@ -103,19 +99,15 @@ def hf_config(args: ModelArgs, **options: object) -> "transformers.LlamaConfig":
 def _params(config: dict) -> dict:
     """What params.json says, from config.json."""
     check_values(config, {"model_type": ("llama",)})
-    # The rotary embedding is an object of its own, called one way by transformers 5, one by 4.
+    config = {key: value for key, value in config.items() if value is not None}
+    # What transformers 5 says of the rotary embedding in an object, 4 says in part beside it.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters is {reprlib.repr(rope)}, not an object")
-    given = {key: value for key, value in (config | rope).items() if value is not None}
-    defaults = {
-        "num_key_value_heads": given.get("num_attention_heads"),
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_type": given.get("type", "default"),  # the old name
-    }
-    config = defaults | given
-    params = read_sizes("hf", config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = rope.get("rope_theta", config.get("rope_theta", ModelArgs.rope_theta))
+    defaults = {"num_key_value_heads": config.get("num_attention_heads"), "rms_norm_eps": 1e-6}
+    params = read_sizes("hf", defaults | config | {"rope_theta": theta})
     accepted = {
         "hidden_act": (None, "silu"),
         "attention_bias": (None, False),
@@ -123,13 +115,14 @@ def _params(config: dict) -> dict:
         "quantization_config": (None,),
         "head_dim": (None, params["dim"] // params["n_heads"]),
         "partial_rotary_factor": (None, 1),
-        "rope_type": ("default", "llama3"),
     }
     check_values(config, accepted)
-    if config["rope_type"] == "default":
+    accepted = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (None, 1)}
+    check_values(rope | {"rope_type": kind}, accepted)
+    if kind == "default":
         return params
-    check_values(config, {"low_freq_factor": (1,), "original_max_position_embeddings": (8192,)})
-    factor, high = positive(config, "factor"), positive(config, "high_freq_factor")
+    check_values(rope, {"low_freq_factor": (1,), "original_max_position_embeddings": (8192,)})
+    factor, high = positive(rope, "factor"), positive(rope, "high_freq_factor")
     if high <= 1:
         raise ValueError(f"high_freq_factor is {high}; it must be above low_freq_factor, 1")
     return params | scaled_rope_params(factor, high)
@@ -143,28 +136,23 @@ def _open_weights(folder: Path) -> dict[str, safe_open]:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: cannot be read: {error}; download it again") from error
-        again = sorted(weights.keys() & file.keys())
-        if again:
-            raise ValueError(f"{path}: {first_few(again)} is in another file too; keep one of them")
         weights |= dict.fromkeys(file.keys(), file)
     return weights
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The one file of weights or, like transformers only without it, all that are numbered."""
+    """The one file of weights or, like transformers only without it, the set of numbered ones."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     number = "[0-9]" * 5
-    paths = sorted(folder.glob(f"model-{number}-of-{number}.safetensors"))
-    if not paths:
+    found = {path.name for path in folder.glob(f"model-{number}-of-{number}.safetensors")}
+    if not found:
         raise ValueError(
-            f"{folder}: no {WEIGHTS} in it; download it. Pickled weights (.bin), which can run "
-            "code when opened, are not read; make safetensors of them where you trust them: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+            f"{folder}: no {WEIGHTS}. Pickled weights (.bin) can run code and are not read; where "
+            "you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
         )
-    total = paths[-1].stem[-5:]
+    total = max(found).removesuffix(".safetensors")[-5:]
     names = [f"model-{i:05}-of-{total}.safetensors" for i in range(1, int(total) + 1)]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder}: {first_few(missing)} missing; download the folder again")
-    return paths
+    if wrong := sorted(found.symmetric_difference(names)):
+        raise ValueError(f"{folder}: {first_few(wrong)} missing or of another set; download again")
+    return [folder / name for name in names]

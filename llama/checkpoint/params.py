@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama.model import ModelArgs
+
 
 @dataclass(frozen=True)
 class Size:
@@ -35,6 +37,9 @@ def read_sizes(form: str, config: dict) -> dict:
     """
     params = {size.meta: positive(config, getattr(size, form), size.whole) for size in SIZES}
     hidden_dim = params.pop("hidden_dim")
+    usual = params | {"multiple_of": 256}  # as in Meta's own files
+    if ModelArgs(**usual).hidden_dim == hidden_dim:
+        return usual
     # Meta's formula rounds up to a multiple, which makes good what the product loses.
     factor = hidden_dim / int(2 * 4 * params["dim"] / 3)
     return params | {"multiple_of": hidden_dim, "ffn_dim_multiplier": factor}
@@ -47,20 +52,19 @@ def positive(config: dict, key: str, whole: bool = False) -> int | float:
     if type(value) not in kinds or not 0 < value < 1e12:
         wanted = "a whole number of 1 or more" if whole else "a number above 0"
         raise ValueError(f"{key} is {reprlib.repr(value)}; expected {wanted}")
-    return value if whole else float(value)
+    return value
 
 
-def scaled_rope_params(factor: float, high_freq_factor: float = 4) -> dict:
+def scaled_rope_params(
+    factor: float, high_freq_factor: float = ModelArgs.rope_high_freq_factor
+) -> dict:
     """The params.json entries of Llama 3.1's rotary scaling.
 
     Those of the factors are ours, not Meta's: they are there only where Llama 3.1 has others.
     """
-    params = {"use_scaled_rope": True}
-    if factor != 8:
-        params["rope_scaling_factor"] = factor
-    if high_freq_factor != 4:
-        params["rope_high_freq_factor"] = high_freq_factor
-    return params
+    factors = {"rope_scaling_factor": factor, "rope_high_freq_factor": high_freq_factor}
+    others = {key: value for key, value in factors.items() if value != getattr(ModelArgs, key)}
+    return {"use_scaled_rope": True} | others
 
 
 def check_values(config: dict, accepted: dict[str, tuple]) -> None:
