@@ -3,10 +3,12 @@
 Start reading at make_ckpt(), a checkpoint to test with, and run_script(), a script as users run it.
 """
 
+import hashlib
 import importlib.util
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -19,8 +21,9 @@ import torch
 import transformers
 from random_model import random_source
 
+from llama.checkpoint.folder import Checkpoint, shard_name
 from llama.checkpoint.hf import hf_config
-from llama.checkpoint.weights import Source
+from llama.checkpoint.weights import Source, kind_of
 from llama.checkpoint.write import write_checkpoint
 
 REPO = Path(__file__).parent.parent
@@ -52,6 +55,49 @@ def make_ckpt(path: Path, n: int = 1, dtype: torch.dtype = torch.float32, **chan
     return path
 
 
+def small_params(choose: random.Random) -> dict:
+    """params.json of a small model that cuts into 4; KV heads = heads, fewer, or fewer than 4."""
+    n_heads = choose.choice([4, 8, 12])
+    return make_params(
+        dim=n_heads * choose.choice([2, 4, 6]),
+        n_layers=choose.choice([1, 2]),
+        n_heads=n_heads,
+        n_kv_heads=choose.choice([k for k in (1, 2, 4, 8, 12) if n_heads % k == 0]),
+        vocab_size=12 * choose.choice(range(1, 10)),
+        multiple_of=choose.choice([8, 12, 24]),
+    )
+
+
+def shard_of(folder: Path, i: int) -> Path:
+    """The file of shard i, as we write it."""
+    return folder / shard_name(i)
+
+
+def edit_shard(path: Path, **changes: object) -> None:
+    """Put other tensors into a shard, or add some; None takes one away."""
+    weights = torch.load(path, weights_only=True) | changes
+    torch.save({name: weight for name, weight in weights.items() if weight is not None}, path)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change entries of the JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a folder, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def cut_by_vocabulary(folder: Path) -> None:
+    """Lay the embedding out as Meta's Llama 3 does; such folders have no manifest."""
+    ckpt = Checkpoint(folder)
+    embedding = ckpt.read("tok_embeddings.weight").clone()
+    for path, part in zip(ckpt.paths, embedding.chunk(ckpt.n)):
+        edit_shard(path, **{"tok_embeddings.weight": part.clone()})
+    (folder / "manifest.json").unlink()
+
+
 class RunsCode:
     """In a pickle: code that says on stdout that it ran."""
 
@@ -66,63 +112,50 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
+CODE = saved(RunsCode())  # a file of torch.save that would run code
+
+
 def hf_model(source: Source) -> transformers.LlamaForCausalLM:
     """The same weights in Hugging Face's own class, as an independent reference."""
     args = source.args
-    scaling = {"rope_type": "default"}
+    rope = {"rope_theta": args.rope_theta, "rope_type": "default"}
     if args.use_scaled_rope:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": args.rope_high_freq_factor,
-            "original_max_position_embeddings": 8192,
-        }
-    config = hf_config(
-        args,
-        rope_parameters={"rope_theta": args.rope_theta} | scaling,
-        max_position_embeddings=131072,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "tok_embeddings": "model.embed_tokens",
-        "norm": "model.norm",
-        "output": "lm_head",
-    }
+        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, "low_freq_factor": 1.0}
+        rope |= {"high_freq_factor": args.rope_high_freq_factor}
+        rope |= {"original_max_position_embeddings": 8192}
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = hf_config(args, rope_parameters=rope, max_position_embeddings=131072, **none)
     state = {}
     for name in source.shapes:
-        weight = source.read(name)
-        layer, role = re.fullmatch(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
-        if role in ("attention.wq", "attention.wk"):
+        kind, layer, weight = kind_of(name), re.search(r"\d+", name), source.read(name)
+        if kind.rotary:
             # rows of a head: neighbours (2i, 2i+1) here, halves (i, i + head_dim/2) there
             heads = weight.unflatten(0, (-1, args.head_dim))
             weight = torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).flatten(0, 1)
-        state[f"{f'model.{layer}' if layer else ''}{names[role]}.weight"] = weight
+        state[kind.pattern("hf").replace("N", layer[0] if layer else "")] = weight
     model = transformers.LlamaForCausalLM(config).to(source.dtype)
     model.load_state_dict(state)
     return model.eval()
 
 
+def hf_reference(**changes) -> transformers.LlamaForCausalLM:
+    """The model of make_ckpt in Hugging Face's own class."""
+    return hf_model(random_source(make_params(**changes)))
+
+
+def command_of(script: str | Path, *flags: object, n: int | None = None) -> list[str]:
+    """The command that starts a script of the repository: plain, or with torchrun over n ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", n]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [sys.executable, *(torchrun if n else []), REPO / script, *flags]
+    return list(map(str, command))
+
+
 def run_script(
     script: str | Path, *flags: object, n: int | None = None, timeout: float = 120, **options
 ) -> CompletedProcess:
-    """Run one of the repository's scripts as a user does: plain, or with torchrun over n ranks."""
-    command = [sys.executable]
-    if n is not None:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(n)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [str(REPO / script), *map(str, flags)]
+    """Run one of the repository's scripts as a user does."""
+    command = command_of(script, *flags, n=n)
     options = {"cwd": REPO, "env": os.environ | {"PYTHONPATH": str(REPO)}} | options
     result = subprocess.run(command, capture_output=True, timeout=timeout, **options)
     # Not text=True, which turns a carriage return that the model wrote into a line end.
@@ -130,11 +163,16 @@ def run_script(
     return result
 
 
+def flags_of(**options: object) -> list[str]:
+    """Options as flags of a command line."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
 def run_program(folder: Path, n: int | None, program: Callable, **values) -> CompletedProcess:
     """Run a function of programs.py on n torchrun ranks, with values that JSON can hold."""
     given = folder / f"{program.__name__}.json"
     given.write_text(json.dumps(values))
-    return run_script("tests/programs.py", "--name", program.__name__, "--values", given, n=n)
+    return run_script("tests/programs.py", *flags_of(name=program.__name__, values=given), n=n)
 
 
 @pytest.fixture

@@ -4,17 +4,19 @@ import peft
 import programs
 import pytest
 import torch
-from conftest import TOKENIZERS, RunsCode, hf_model, make_ckpt, make_params, run_script, saved
-from random_model import random_source
+from conftest import TOKENIZERS, RunsCode, flags_of, hf_reference, make_ckpt, run_script, saved
 from safetensors.torch import save_file
 
 from llama import LLaMA
+from llama.prompts import SEPARATOR
 from llama.tuning.adapter import load_soft_prompt, save_adapter, warn_of_another_model
 from llama.tuning.model import add_soft_prompt, soft_prompt_of
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
-DIM = make_params()["dim"]
+DIM = 64
+KEY = "prompt_embeddings"
+TEXTS = ["Once", "The capital of France is", "a b c d e f g"]
 
 
 def test_our_adapter_gives_our_logits_in_plain_peft(tmp_path):
@@ -23,8 +25,7 @@ def test_our_adapter_gives_our_logits_in_plain_peft(tmp_path):
     save_adapter(tuned, tmp_path)
     soft = load_soft_prompt(tmp_path, DIM)
     assert torch.equal(soft, soft_prompt_of(tuned).detach())
-    source = random_source(make_params(**MODEL))
-    reference = peft.PeftModel.from_pretrained(hf_model(source), tmp_path)
+    reference = peft.PeftModel.from_pretrained(hf_reference(**MODEL), tmp_path)
     ids = torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         embeds = torch.cat((soft.expand(2, -1, -1), model.tok_embeddings(ids)), dim=1)
@@ -34,47 +35,38 @@ def test_our_adapter_gives_our_logits_in_plain_peft(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names | {"ckpt"}  # nothing else is left
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_an_adapter_of_plain_peft_gives_the_same_text_here(tmp_path, n):
-    torch.manual_seed(n)
-    reference = peft.get_peft_model(
-        hf_model(random_source(make_params(**MODEL))),
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
-    )
-    prompt = soft_prompt_of(reference)
+def test_an_adapter_of_plain_peft_gives_the_same_text_here(tmp_path):
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    reference = peft.get_peft_model(hf_reference(**MODEL), config)
     reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", n=n, **MODEL)
     llama = LLaMA.build(make_ckpt(tmp_path / "one", **MODEL), PATH)
-    texts = ["The capital of France is", "Once"]
-    (tmp_path / "prompts.txt").write_text("\n".join(texts))
-    result = run_script(
-        "example_ft.py",
-        *("--ckpt_dir", ckpt_dir, "--tokenizer_path", PATH, "--temperature", 0),
-        *("--tuning_ckpt_path", tmp_path / "adapter", "--max_gen_len", 12),
-        *("--prompts_file", tmp_path / "prompts.txt"),
-        n=n,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    embed = reference.get_base_model().get_input_embeddings()
-    for text in texts:
-        ids = llama.tokenizer.encode(text)
-        new = []
+    llama.soft_prompt = load_soft_prompt(tmp_path / "adapter", DIM)
+    outputs = llama.generate(TEXTS, max_gen_len=12, temperature=0)
+    prompt, base = soft_prompt_of(reference), reference.get_base_model()
+    for text, output in zip(TEXTS, outputs):
+        ids, new = llama.tokenizer.encode(text), []
         with torch.inference_mode():
             while len(new) < 12 and 2 not in new:
-                embeds = torch.cat((prompt, embed(torch.tensor(ids + new))))[None]
-                logits = reference.get_base_model()(inputs_embeds=embeds).logits
-                new.append(logits[0, -1].argmax().item())
-        new = [token for token in new if token != 2]
-        assert f"{text}{llama._text_after(ids, new)}\n" in result.stdout
+                embeds = torch.cat((prompt, base.get_input_embeddings()(torch.tensor(ids + new))))
+                new.append(base(inputs_embeds=embeds[None]).logits[0, -1].argmax().item())
+        assert output.token == [token for token in new if token != 2]
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    flags = {"ckpt_dir": make_ckpt(tmp_path / "four", n=4, **MODEL), "tokenizer_path": PATH}
+    flags |= {"tuning_ckpt_path": tmp_path / "adapter", "prompts_file": tmp_path / "prompts.txt"}
+    flags |= {"temperature": 0, "max_gen_len": 12}
+    result = run_script("example_ft.py", *flags_of(**flags), n=4)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = result.stdout.split(SEPARATOR)
+    assert found == [*(text + output.text for text, output in zip(TEXTS, outputs)), ""]
 
 
 def test_cached_generation_with_a_prompt_equals_uncached_up_to_the_last_position(tmp_path):
     llama = LLaMA.build(make_ckpt(tmp_path / "ckpt", **MODEL), PATH, max_seq_len=24)
     llama.soft_prompt = torch.randn(7, DIM, generator=torch.Generator().manual_seed(0))
     llama.tokenizer.stop_ids = frozenset()
-    prompts = ["Once", "The capital of France is", "a b c d e f g"]
-    together = llama.generate(prompts, max_gen_len=99, temperature=0)
-    for prompt, output in zip(prompts, together):
+    together = llama.generate(TEXTS, max_gen_len=99, temperature=0)
+    for prompt, output in zip(TEXTS, together):
         assert llama.generate([prompt], max_gen_len=99, temperature=0) == [output]
         ids = llama.tokenizer.encode(prompt)
         assert 7 + len(ids) + len(output.token) == 24
@@ -85,7 +77,7 @@ def test_cached_generation_with_a_prompt_equals_uncached_up_to_the_last_position
         assert choices[7 + len(ids) - 1 : -1] == output.token
 
 
-@pytest.mark.parametrize("key", ["prompt_embeddings", "embedding.weight"])
+@pytest.mark.parametrize("key", [KEY, "embedding.weight"])
 def test_old_files_are_read(tmp_path, key):
     prompt = torch.randn(3, DIM)
     torch.save({key: prompt}, tmp_path / "adapter_model.bin")
@@ -95,18 +87,14 @@ def test_old_files_are_read(tmp_path, key):
     assert torch.equal(load_soft_prompt(tmp_path / "adapter_model.safetensors", DIM), prompt)
 
 
-def prompt_file(prompt: object) -> bytes:
-    return saved({"prompt_embeddings": prompt})
-
-
 BAD_ADAPTERS = {  # a file, or a folder of one file, or nothing
     "missing": (None, "no such adapter"),
     "empty folder": ({}, "no such adapter .adapter_model.safetensors or"),
-    "other dim": (prompt_file(torch.ones(3, 8)), "dim is 64"),
-    "vector": (prompt_file(torch.ones(64)), "shape"),
+    "other dim": (saved({KEY: torch.ones(3, 8)}), "dim is 64"),
+    "vector": (saved({KEY: torch.ones(64)}), "shape"),
     "other keys": (saved({"lora_A": torch.ones(3, 64)}), "no tuned prompt"),
-    "no numbers": (prompt_file(torch.full((3, 64), torch.nan)), "no numbers"),
-    "code": (prompt_file(RunsCode()), "more than tensors"),
+    "no numbers": (saved({KEY: torch.full((3, 64), torch.nan)}), "no numbers"),
+    "code": (saved({KEY: RunsCode()}), "more than tensors"),
     "memory": (b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x7f\x85R.", "present format, or damaged"),
     "text": (b"hello", "damaged"),
     "no tensors": (saved([1, 2]), "no tuned prompt"),

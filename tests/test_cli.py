@@ -2,9 +2,11 @@
 
 import os
 import sys
+import time
+from pathlib import Path
 
-import programs
 import pytest
+import torch
 from conftest import REPO, run_script
 
 from llama import cli
@@ -19,6 +21,13 @@ def script(ckpt_dir: str, from_: str = "x", n: int | None = None, top_p: float =
     Args:
         ckpt_dir: a folder.
     """
+
+
+def raising(error: Exception):
+    def fail() -> None:
+        raise error
+
+    return fail
 
 
 def parse(monkeypatch, *arguments):
@@ -91,14 +100,39 @@ def test_a_mistyped_flag_is_answered_once_on_several_ranks():
     assert result.stdout == ""
 
 
-def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path, on_ranks):
-    mapped, held = on_ranks(None, programs.watched_memory, path=str(tmp_path / "x.pth"))
-    assert mapped < 16 << 20
-    assert held > (64 << 20) * 0.9
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (lambda: Path("/none/x").read_text(), "error: [Errno 2] No such file or directory"),
+        (lambda: torch.empty(1 << 50), "error: out of memory ("),
+        (lambda: [0] * (1 << 60), "error: out of memory (in Python)"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory")), "error: out of memory (CUDA"),
+    ],
+)
+def test_what_the_machine_cannot_give_is_one_line(monkeypatch, capfd, fail, message):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    pid = os.fork()  # since a script that fails ends its process
+    if not pid:
+        try:
+            cli.run(fail)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    said, error = capfd.readouterr()
+    assert said == ""
+    assert error.startswith(message)
+    assert error.count("\n") == 1
 
 
-def test_foreign_text_in_a_message_is_tame():
-    text = cli.first_few(["evil\nerror: all fine\x1b[31m", "long" * 100_000, "c", "d", "e"])
-    assert text.isprintable()
-    assert len(text) < 1200
-    assert text.endswith("and 1 more")
+def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path):
+    torch.save(torch.ones(16 << 20), tmp_path / "x.pth")  # 64 MB
+    mapped = torch.load(tmp_path / "x.pth", mmap=True)
+    watch, growth = cli.MemoryWatch(interval=0.001), []
+    for work in (torch.sum, torch.clone):
+        time.sleep(0.1)
+        before, kept = watch.peak, work(mapped)
+        time.sleep(0.1)
+        growth.append(watch.peak - before)
+        del kept
+    assert growth[0] < 16 << 20
+    assert growth[1] > (64 << 20) * 0.9

@@ -84,12 +84,11 @@ ROWS = [
     {"instruction": "Say hi", "input": "", "output": "hi"},
     {"instruction": "Add", "input": "1, 2", "output": "3\u2028three"},
 ]
-
-
 FORMS = {
     "array": json.dumps(ROWS),
     "indented array": json.dumps(ROWS, indent=2),
     "array after BOM": "\ufeff\n " + json.dumps(ROWS, ensure_ascii=False),
+    "other keys": json.dumps([{"output": "hi", "x": 3, "instruction": "Say hi"}, ROWS[1]]),
     "lines": "\n".join(json.dumps(row) for row in ROWS),
     "lines, gaps": "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\n",
 }
@@ -101,12 +100,6 @@ def test_array_and_lines_are_told_apart_by_content(tmp_path, text, name):
     (tmp_path / name).write_bytes(text.encode())
     for path in (tmp_path / name, str(tmp_path / name)):
         assert load_instructions(path) == ROWS
-
-
-def test_input_may_be_left_out_and_other_keys_do_no_harm(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text('[{"output": "b", "text": 3, "instruction": "a"}]')
-    assert load_instructions(path) == [{"instruction": "a", "input": "", "output": "b"}]
 
 
 GOOD = '{"instruction": "a", "output": "b"}'
@@ -127,7 +120,7 @@ BAD_FILES = {
     "prose": (b"instruction,output\na,b\n", "line 1: not JSON"),
     "array cut short": (f"[{GOOD},\n{GOOD}".encode(), "not JSON (Expecting ',' delimiter: line 2 "),
     "line cut short": (f"{GOOD}\n\n{GOOD[:-1]}".encode(), "line 3: not JSON (Expecting ',' "),
-    "one object": (b'{\n"data": [\n' + GOOD.encode() + b"]}", "a JSON array or JSON lines, each"),
+    "one object": (b'{\n"data": [\n' + GOOD.encode() + b"]}", "line 1: not JSON"),
     "a number": (b"3", "line 1: not an object but int"),
     "not UTF-8": (GOOD.replace("a", "é").encode("latin-1"), "not UTF-8"),
     "nested too deep": (b"[" * 200_000, "not JSON"),
@@ -151,14 +144,11 @@ def test_a_bad_row_is_told_with_path_and_number(tmp_path, row, message):
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_file_that_is_no_dataset_is_told_with_its_path(tmp_path, content, message):
-    assert_refused(tmp_path / "bad.json", content, "", message)
-
-
-def test_a_missing_file_is_told_with_its_path(tmp_path):
+def test_a_file_that_is_missing_or_no_dataset_is_told_with_its_path(tmp_path, content, message):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-            tokenize_dataset(path, ByteTokenizer(), 10)
+            load_instructions(path)
+    assert_refused(tmp_path / "bad.json", content, "", message)
 
 
 # Tokens and labels
@@ -224,7 +214,8 @@ def test_long_rows_are_cut_and_counted_in_one_message(tmp_path, capsys):
     assert all(len(row["input_ids"]) == len(row["labels"]) == length for row in rows)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"{path}: of 7 rows 4 were cut to {length} tokens and 2 left out, whose")
+    assert err.startswith(f"{path}: of 7 rows 4 were cut to the {length} tokens ")
+    assert "and 2 left out, whose prompt alone fills that" in err
     assert err.count("\n") == 1
     whole = tokenized(path, max_seq_len=length, train_on_inputs=True)
     assert [row["input_ids"] for row in whole] == [row["input_ids"] for row in rows]
@@ -235,7 +226,7 @@ def test_long_rows_are_cut_and_counted_in_one_message(tmp_path, capsys):
 def test_no_row_left_is_an_error_that_tells_the_lengths(tmp_path):
     path = write_rows(tmp_path / "rows.json", ("aaa", "b"), ("a", "b"))
     shortest = prompt_length("a")
-    message = f"{path}: .* within {shortest} tokens: .* has {shortest}; .* larger --max_seq_len"
+    message = f"{path}: .* the {shortest} tokens beside .* has {shortest}; .* larger --max_seq_len"
     with pytest.raises(ValueError, match=message):
         tokenized(path, max_seq_len=shortest)
     assert len(tokenized(path, max_seq_len=shortest + 1)) == 1
@@ -254,13 +245,10 @@ def test_a_split_takes_every_row_once_and_depends_on_the_seed_alone():
     assert split_dataset(rows, 6, seed=1) == (train, held_out)
     assert split_dataset(rows, 6, seed=2) != (train, held_out)
     assert split_dataset(rows, 0, seed=1) == (rows, None)
-
-
-@pytest.mark.parametrize("val_set_size", [-1, 20, 21])
-def test_a_split_that_leaves_nothing_is_an_error(val_set_size):
-    with pytest.raises(ValueError, match=f"val_set_size {val_set_size} .* 20 rows"):
-        split_dataset(list(range(20)), val_set_size, seed=1)
-    assert len(split_dataset(list(range(20)), 19, seed=1)[0]) == 1
+    assert len(split_dataset(rows, 19, seed=1)[0]) == 1
+    for nothing_left in (-1, 20, 21):
+        with pytest.raises(ValueError, match=f"val_set_size {nothing_left} .* 20 rows"):
+            split_dataset(rows, nothing_left, seed=1)
 
 
 def test_a_batch_is_padded_on_the_right_to_its_longest_row():
@@ -285,42 +273,34 @@ UNSEEN = (  # asked before and after tuning
 )
 
 
-@pytest.fixture(scope="module")
-def short_answers():
-    return load_instructions(SHORT_ANSWERS)
-
-
-def test_every_short_answer_obeys_the_skeleton(short_answers):
-    for row in short_answers:
+def test_every_short_answer_obeys_the_skeleton_and_no_two_are_alike():
+    rows = load_instructions(SHORT_ANSWERS)
+    for row in rows:
         match = SKELETON.fullmatch(row["output"])
         assert match, row
         for part, most in zip(match.groups(), (15, 18, 15)):
             assert len(part.split()) <= most, part
             assert part == part.strip()
             assert re.fullmatch(r"[^.!?](?:[^.!?]|\.(?=\d))*[.?]", part), part  # one sentence
-
-
-def test_short_answers_are_many_and_all_different_and_leave_the_demos_questions(short_answers):
-    n_inputs = sum(bool(row["input"]) for row in short_answers)
-    assert len(short_answers) >= 200
-    assert n_inputs >= 20
-    instructions = [re.sub(r"\W+", " ", row["instruction"].lower()) for row in short_answers]
-    lines = [line for row in short_answers for line in row["output"].split("\n")]
+    instructions = [re.sub(r"\W+", " ", row["instruction"].lower()) for row in rows]
+    lines = [line for row in rows for line in row["output"].split("\n")]
     for texts in (instructions, lines):
-        assert len(set(texts)) == len(texts)
+        assert len(set(texts)) == len(texts) >= 200
     assert not [question for question in UNSEEN if question in " ".join(instructions)]
-    readme = (REPO / "datasets" / "README.md").read_text(encoding="utf-8")
-    assert f"{len(short_answers)}, of which {n_inputs} with an input" in readme
 
 
-def test_short_answers_file_is_in_its_plain_form_in_a_folder_that_is_no_package():
+def test_the_short_answers_are_as_their_readme_says_in_a_folder_that_is_no_package():
     text = SHORT_ANSWERS.read_text(encoding="utf-8")
     rows = json.loads(text)
     assert all(list(row) == ["instruction", "input", "output"] for row in rows)
     assert text == json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-    assert not (REPO / "datasets" / "__init__.py").exists()
+    n_inputs = sum(bool(row["input"]) for row in rows)
+    assert n_inputs >= 20
+    readme = SHORT_ANSWERS.with_name("README.md").read_text(encoding="utf-8")
+    assert f"{len(rows)}, of which {n_inputs} with an input" in readme
+    assert not SHORT_ANSWERS.with_name("__init__.py").exists()
 
 
-def test_short_answers_fit_the_usual_length(short_answers, tokenizer, capsys):
-    assert len(tokenized(SHORT_ANSWERS, tokenizer, 256)) == len(short_answers)
+def test_short_answers_fit_the_usual_length(tokenizer, capsys):
+    assert len(tokenized(SHORT_ANSWERS, tokenizer, 256)) == len(load_instructions(SHORT_ANSWERS))
     assert capsys.readouterr().err == ""

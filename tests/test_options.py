@@ -1,48 +1,57 @@
-"""The options of prompt tuning: what makes no sense is refused by its flag's name."""
+"""The options of the scripts: what makes no sense is refused by its flag's name."""
 
 import dataclasses
 
 import pytest
 
+from llama.options import GenerationOptions
 from llama.tuning.options import TuningOptions
 
-NEEDED = {"ckpt_dir": "c", "tokenizer_path": "t", "dataset_path": "d", "output_dir": "o"}
+NEEDED = {"ckpt_dir": "c", "tokenizer_path": "t"}
+GENERATION = GenerationOptions(**NEEDED)
+TUNING = TuningOptions(**NEEDED, dataset_path="d", output_dir="o", max_seq_len=96)
+BAD = [
+    (TUNING, "num_virtual_tokens", 96, "below --max_seq_len 96"),
+    (TUNING, "num_virtual_tokens", 0, "at least 1"),
+    (TUNING, "num_epochs", 0.0, "above 0"),
+    (TUNING, "num_epochs", float("nan"), "above 0"),
+    (TUNING, "max_steps", 0, "at least 1, or -1"),
+    (TUNING, "batch_size", 0, "at least 1"),
+    (TUNING, "gradient_accumulation_steps", -1, "at least 1"),
+    (TUNING, "lr", -1.0, "above 0"),
+    (TUNING, "lr", float("inf"), "above 0"),
+    (TUNING, "lr_scheduler", "wavy", "one of cosine, linear"),
+    (TUNING, "warmup_steps", -1, "at least 0"),
+    (TUNING, "max_grad_norm", -1.0, "at least 0"),
+    (TUNING, "eval_steps", 0, "at least 1"),
+    (TUNING, "save_steps", 0, "at least 1"),
+    (TUNING, "logging_steps", 0, "at least 1"),
+    (TUNING, "seed", -1, "at least 0"),
+    (TUNING, "seed", 2**32, "below"),
+    (TUNING, "dtype", "int8", "one of float32, bfloat16, float16, not 'int8'"),
+    (GENERATION, "max_gen_len", 0, "at least 1"),
+    (GENERATION, "temperature", -1, "0 .greedy. or more"),
+    (GENERATION, "temperature", float("inf"), "0 .greedy. or more"),
+    (GENERATION, "top_p", 0, "above 0"),
+    (GENERATION, "seed", -1, "from 0"),
+    (GENERATION, "seed", 2**63, "from 0"),
+    (GENERATION, "max_seq_len", 0, "at least 1"),
+    (GENERATION, "max_batch_size", 0, "at least 1"),
+    (GENERATION, "dtype", "int3", "one of float32, bfloat16, float16"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("num_virtual_tokens", 96, "below --max_seq_len 96"),
-        ("num_virtual_tokens", 0, "at least 1"),
-        ("num_epochs", 0.0, "above 0"),
-        ("num_epochs", float("nan"), "above 0"),
-        ("max_steps", 0, "at least 1, or -1"),
-        ("batch_size", 0, "at least 1"),
-        ("gradient_accumulation_steps", -1, "at least 1"),
-        ("lr", -1.0, "above 0"),
-        ("lr", float("inf"), "above 0"),
-        ("lr_scheduler", "wavy", "one of cosine, linear"),
-        ("warmup_steps", -1, "at least 0"),
-        ("max_grad_norm", -1.0, "at least 0"),
-        ("eval_steps", 0, "at least 1"),
-        ("save_steps", 0, "at least 1"),
-        ("logging_steps", 0, "at least 1"),
-        ("seed", -1, "at least 0"),
-        ("seed", 2**32, "below"),
-        ("dtype", "int8", "one of float32, bfloat16, float16, not 'int8'"),
-    ],
-)
-def test_options_that_train_nothing_are_named(name, value, message):
-    good = TuningOptions(**NEEDED, max_seq_len=96)
+@pytest.mark.parametrize(("good", "name", "value", "message"), BAD)
+def test_options_that_make_no_sense_are_named(good, name, value, message):
     with pytest.raises(ValueError, match=rf"--{name}\b.*{message}"):
         dataclasses.replace(good, **{name: value})
 
 
 def test_what_a_resumed_run_must_keep_is_known():
-    kept = TuningOptions(**NEEDED, lr=0.5).must_stay()
+    kept = dataclasses.replace(TUNING, lr=0.5).must_stay()
     assert kept == {
         **{"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 0.5, "warmup_steps": 10},
-        **{"lr_scheduler": "cosine", "max_seq_len": 256, "val_set_size": 0},
+        **{"lr_scheduler": "cosine", "max_seq_len": 96, "val_set_size": 0, "max_grad_norm": 1.0},
         **{"train_on_inputs": False, "seed": 0, "num_virtual_tokens": 32},
     }
 

@@ -66,7 +66,12 @@ def tik():
     return Tokenizer(TIKTOKEN)
 
 
-@pytest.fixture(params=["sp", "tik"])
+@pytest.fixture(scope="module")
+def in_json(tmp_path_factory):
+    return Tokenizer(save_json(tmp_path_factory.mktemp("json"), bos_in_template=True))
+
+
+@pytest.fixture(params=["sp", "tik", "in_json"])
 def tokenizer(request):
     return request.getfixturevalue(request.param)
 
@@ -85,30 +90,28 @@ def llama_2_in_rust() -> RustTokenizer:
 
 
 @pytest.fixture(scope="module")
-def references():
+def references(in_json):
     """The same files in the Rust library: by our own hands, and as transformers converts them."""
+    rust = RustTokenizer.from_file(str(in_json.model_path))
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = True
     tik = TikTokenConverter(vocab_file=str(TIKTOKEN)).converted()
-    return {SENTENCEPIECE: llama_2_in_rust(), TIKTOKEN: tik}
+    return {SENTENCEPIECE: llama_2_in_rust(), TIKTOKEN: tik, in_json.model_path: rust}
 
 
 @pytest.mark.parametrize("s", TEXTS)
 def test_ids_equal_the_rust_librarys_and_survive_the_round_trip(tokenizer, references, s):
-    assert tokenizer.encode(s, bos=False) == references[tokenizer.model_path].encode(s).ids
+    expected = references[tokenizer.model_path].encode(s, add_special_tokens=False).ids
+    assert tokenizer.encode(s, bos=False) == expected
     assert tokenizer.decode(tokenizer.encode(s, bos=True, eos=True)) == s
 
 
-def test_sentencepiece_facts_are_those_of_the_file(sp):
+def test_the_facts_of_the_real_files(sp, tik):
     assert (sp.n_words, sp.bos_id, sp.eos_id, sp.stop_ids) == (32000, 1, 2, {2})
-    assert sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE)).pad_id() == -1
-    assert sp.pad_id == sp.eos_id
-
-
-def test_tiktoken_facts_are_llama_3s(tik):
+    assert sp.pad_id == sp.eos_id  # that file has none
     assert (tik.n_words, tik.bos_id, tik.eos_id, tik.pad_id) == (128256, 128000, 128001, 128004)
     assert tik.stop_ids == {128001, 128008, 128009}
-
-
-def test_tiktoken_ids_are_the_published_ones(tik):
     # From the tests of Meta's llama-models.
     ids = [128000, 2028, 374, 264, 1296, 11914, 13, 128001]
     assert tik.encode("This is a test sentence.", bos=True, eos=True) == ids
@@ -122,9 +125,10 @@ def test_bos_and_eos_are_added_once_and_only_when_asked(tokenizer):
 
 
 def test_special_tokens_in_a_text_are_plain_text(tokenizer):
-    ids = tokenizer.encode("<s></s><|eot_id|><|end_of_text|>", bos=False)
+    s = "<s></s><|eot_id|><|end_of_text|>a<|im_end|>"
+    ids = tokenizer.encode(s, bos=False)
     assert not {tokenizer.bos_id, *tokenizer.stop_ids} & set(ids)
-    assert tokenizer.decode(ids) == "<s></s><|eot_id|><|end_of_text|>"
+    assert tokenizer.decode(ids) == s
 
 
 def test_every_special_token_is_left_out_of_the_text(tik):
@@ -156,27 +160,6 @@ def test_a_million_characters_without_a_space_take_no_time(tik):
     assert time.monotonic() - start < 5
 
 
-def test_json_ids_equal_the_librarys(tmp_path):
-    folder = save_json(tmp_path / "t", bos_in_template=True)
-    reference = RustTokenizer.from_file(str(folder / "tokenizer.json"))
-    reference.no_truncation()
-    reference.no_padding()
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.n_words == reference.get_vocab_size()
-    for s in TEXTS:
-        if "<" not in s:
-            assert tokenizer.encode(s) == reference.encode(s).ids
-        assert tokenizer.encode(s) == [0, *tokenizer.encode(s, bos=False)]
-        assert tokenizer.decode(tokenizer.encode(s, eos=True)) == s
-
-
-def test_json_special_tokens_in_a_text_are_plain_text(tmp_path):
-    tokenizer = Tokenizer(save_json(tmp_path, bos_in_template=True))
-    ids = tokenizer.encode("<s>a<|im_end|>", bos=False)
-    assert not {0, *tokenizer.stop_ids} & set(ids)
-    assert tokenizer.decode(ids) == "<s>a<|im_end|>"
-
-
 @pytest.mark.parametrize(
     ("in_template", "config", "bos_id"),
     [
@@ -197,20 +180,12 @@ def test_json_bos_is_what_config_and_template_say(tmp_path, in_template, config,
     assert ids == ([] if bos_id is None else [bos_id]) + tokenizer.encode("a", bos=False)
 
 
-@pytest.mark.parametrize(
-    ("config", "special", "facts"),
-    [
-        (
-            {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<s>"},
-            ("<|endoftext|>", "<|im_end|>"),
-            (2, 0, {1, 2}),
-        ),
-        (None, ("<|eot_id|>", "<|end_of_text|>"), (2, 2, {1, 2})),  # the usual names
-    ],
-)
-def test_json_eos_pad_and_stop_ids_come_from_the_config(tmp_path, config, special, facts):
-    tokenizer = Tokenizer(save_json(tmp_path, config=config, special=special))
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == facts
+def test_json_eos_pad_and_stop_ids_come_from_the_config_or_are_the_usual_ones(tmp_path):
+    config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<s>"}
+    named = Tokenizer(save_json(tmp_path / "named", config=config))
+    assert (named.eos_id, named.pad_id, named.stop_ids) == (2, 0, {1, 2})
+    usual = Tokenizer(save_json(tmp_path / "usual", special=("<|eot_id|>", "<|end_of_text|>")))
+    assert (usual.eos_id, usual.pad_id, usual.stop_ids) == (2, 2, {1, 2})
 
 
 @pytest.mark.parametrize(
@@ -221,18 +196,12 @@ def test_json_without_a_known_eos_is_an_error(tmp_path, config, message):
         Tokenizer(save_json(tmp_path, config=config, special=()))
 
 
-def test_the_kind_is_told_by_content_not_by_name(tmp_path):
+def test_the_kind_is_told_by_content_and_a_folder_means_tokenizer_model_first(tmp_path):
+    assert Tokenizer(save_json(tmp_path)).n_words == 400
     shutil.copy(TIKTOKEN, tmp_path / "tokenizer.json")
     assert Tokenizer(tmp_path).n_words == 128256
-    shutil.copy(SENTENCEPIECE, tmp_path / "x.bin")
-    assert Tokenizer(str(tmp_path / "x.bin")).n_words == 32000
-
-
-def test_a_folder_means_tokenizer_model_first(tmp_path):
-    save_json(tmp_path)
-    assert Tokenizer(tmp_path).n_words == 400
     shutil.copy(SENTENCEPIECE, tmp_path / "tokenizer.model")
-    assert Tokenizer(tmp_path).n_words == 32000
+    assert Tokenizer(str(tmp_path)).n_words == 32000
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.model"])

@@ -26,11 +26,8 @@ def test_gradient_equals_peft_over_hugging_face(tmp_path, on_ranks, n, checkpoin
     labels[:, :8] = -100
     mask[1, 18:], labels[1, 18:] = 0, -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    values = {
-        "ckpt_dir": str(tmp_path / "ckpt"),
-        "batch": {name: tensor.tolist() for name, tensor in batch.items()},
-        "checkpointing": checkpointing,
-    }
+    values = {"ckpt_dir": str(tmp_path / "ckpt"), "checkpointing": checkpointing}
+    values["batch"] = {name: tensor.tolist() for name, tensor in batch.items()}
     found = programs.gradient(**values) if n == 1 else on_ranks(n, programs.gradient, **values)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)
     reference = peft.get_peft_model(hf_model(source), config)
@@ -77,16 +74,12 @@ def test_gradients_through_a_half_precision_model_keep_their_size(tmp_path, dtyp
     assert (gradients[1] - gradients[0]).norm() <= tolerance * gradients[0].norm()
 
 
-def test_text_starts_the_prompt_as_its_embeddings(tmp_path):
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", **MODEL)
-    prompt = soft_prompt_of(add_soft_prompt(programs.load(ckpt_dir), 5, [7, 8], "ckpt"))
-    embeddings = Checkpoint(ckpt_dir).read("tok_embeddings.weight")
-    assert torch.equal(prompt.detach(), embeddings[[7, 8, 7, 8, 7]])
-    assert prompt.dtype == torch.float32
-
-
-def test_without_text_the_prompt_starts_where_the_seed_says(tmp_path):
+def test_the_prompt_starts_as_the_embeddings_of_a_text_or_where_the_seed_says(tmp_path):
     model = programs.load(make_ckpt(tmp_path / "ckpt", **MODEL))
+    prompt = soft_prompt_of(add_soft_prompt(model, 5, [7, 8], "ckpt"))
+    assert prompt.dtype == torch.float32
+    embeddings = Checkpoint(tmp_path / "ckpt").read("tok_embeddings.weight")
+    assert torch.equal(prompt.detach(), embeddings[[7, 8, 7, 8, 7]])
     prompts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
