@@ -293,3 +293,8 @@ def test_flipped_bytes_never_end_in_anything_but_a_value_error(path, small_memor
             errors += 1
             assert str(err).startswith(str(path))  # noqa: PT017 - not every flip is an error
     assert errors > 100
+
+
+def test_rope_factors_of_one_change_nothing(tmp_path):
+    write_gguf(tmp_path / "m.gguf", tensors={"rope_freqs.weight": ONES[0, :4]})
+    assert not GGUFFile(tmp_path / "m.gguf").args.use_scaled_rope

@@ -237,6 +237,8 @@ def _with_scaled_rope(params: dict, factors: torch.Tensor) -> dict:
 
     The largest of them is the scaling factor: it divides the slowest frequencies in full.
     """
+    if bool((factors == 1).all()):  # as some files have them for plain rope
+        return params
     scaled = params | scaled_rope_params(round(float(factors.max()), 3))
     before, after = ModelArgs.from_params(params), ModelArgs.from_params(scaled)
     if len(factors) == before.head_dim // 2:
