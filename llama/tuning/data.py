@@ -49,11 +49,14 @@ def load_instructions(path: str | Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such dataset file (--dataset_path)")
     lines = read_lines(path)
-    if lines and lines[0][1].lstrip().startswith("["):
-        values = parse_json(str(path), path.read_text(encoding="utf-8-sig"))
-        rows = [(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
-    else:
-        rows = [(where, parse_json(where, line)) for where, line in lines]
+    try:
+        if lines and lines[0][1].lstrip().startswith("["):
+            values = parse_json(str(path), path.read_text(encoding="utf-8-sig"))
+            rows = [(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
+        else:
+            rows = [(where, parse_json(where, line)) for where, line in lines]
+    except ValueError as error:
+        raise ValueError(f"{error}; {EXPECTED}") from None
     if not rows:
         raise ValueError(f"{path}: no row in it; {EXPECTED}")
     return [_check_row(where, value) for where, value in rows]
@@ -93,7 +96,7 @@ def tokenize_dataset(
         rows.append({"input_ids": ids, "labels": labels})
     if not rows:
         raise ValueError(
-            f"{path}: no row leaves room for a response the {longest} tokens beside the "
+            f"{path}: no row leaves room for a response within the {longest} tokens beside the "
             f"tuned prompt's: the shortest prompt has {min(too_long)}; give a larger --max_seq_len"
         )
     if cut or too_long:
