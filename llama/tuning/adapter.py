@@ -84,7 +84,8 @@ def warn_of_another_model(path: str | Path, transformer: Transformer) -> None:
     before, now = read_json(base), base_model_facts(transformer)
     if before.get("dtype") != now["dtype"]:  # a model in another dtype is still the same model
         del now["dtype"], now["norms_sha256"]
-    if changed := differing(before, now):
+    known = {key: value for key, value in now.items() if key in before}  # to who wrote it
+    if changed := differing(before, known):
         cli.say(f"{path}: was trained on another model (it differs in {changed})")
 
 
