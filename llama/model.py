@@ -85,6 +85,10 @@ class ModelArgs:
     def kv_dim(self) -> int:
         return self.n_kv_heads * self.head_dim
 
+    def n_local_kv_heads(self, n: int) -> int:
+        """KV heads that each of n ranks holds. Below one a rank, neighbours hold the same one."""
+        return max(1, self.n_kv_heads // n)
+
     @property
     def hidden_dim(self) -> int:
         """Rows of w1 and w3, by the rule of Meta's reference code."""
@@ -178,8 +182,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = args.head_dim
-        # below one KV head a rank, neighbours hold the same one
-        kv_dim = max(args.n_kv_heads, mpu.get_model_parallel_world_size()) * args.head_dim
+        n = mpu.get_model_parallel_world_size()
+        kv_dim = n * args.n_local_kv_heads(n) * args.head_dim
         self.wq = ColumnParallelLinear(args.dim, args.q_dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
         self.wv = ColumnParallelLinear(args.dim, kv_dim)
@@ -246,7 +250,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.n_local_kv_heads = max(1, args.n_kv_heads // mpu.get_model_parallel_world_size())
+        self.n_local_kv_heads = args.n_local_kv_heads(mpu.get_model_parallel_world_size())
         self.gradient_checkpointing = False
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))

@@ -22,6 +22,7 @@ from llama.checkpoint.weights import (
     check_shapes,
     check_shard_count,
     cut_of,
+    tokenizer_in,
     valid_shard_counts,
 )
 from llama.cli import byte_bar, counted, first_few, say, shown
@@ -66,8 +67,7 @@ class Checkpoint(Source):
         self.dtypes = {name: weight.dtype for name, weight in first.items()}
         # The one to which all can be widened without loss, where they differ.
         dtype = functools.reduce(torch.promote_types, self.dtypes.values())
-        tokenizer = {path.name: path for path in self.dir.glob("tokenizer*") if path.is_file()}
-        super().__init__(params, dtype, tokenizer)
+        super().__init__(params, dtype, tokenizer_in(self.dir))
 
         # Whether the two agree.
         if self.n not in valid_shard_counts(self.args):
@@ -215,8 +215,10 @@ class Checkpoint(Source):
 
     def _verify(self, name: str) -> tuple[str, list[str]]:
         """The SHA-256 of a whole weight, and what is wrong with its parts."""
-        faults = [self._fault(i, name) for i in range(self.n)]
-        return whole_sha256(self, name), [fault for fault in faults if fault]
+        faults = [fault for i in range(self.n) if (fault := self._fault(i, name))]
+        if self.manifest is not None and not faults and self.cut_here(name).parts == 1:
+            return self.manifest.weights[name]["parts"][0], []  # the one part, just hashed, is it
+        return whole_sha256(self, name), faults
 
     def _checklist_faults(self) -> list[str]:
         """What Meta's checklist.chk finds wrong with the files, where it lies in the folder."""

@@ -17,6 +17,7 @@ from llama.checkpoint.weights import (
     check_shapes,
     kind_of,
     meta_names,
+    tokenizer_in,
 )
 from llama.cli import first_few
 from llama.files import naming, read_json
@@ -58,8 +59,7 @@ class HFFolder(Source):
             types = {name: weight.get_dtype() for name, weight in self._slices.items()}
             check_values(types, dict.fromkeys(types, tuple(DTYPES)))
             dtype = functools.reduce(torch.promote_types, {DTYPES[x] for x in types.values()})
-            tokenizer = {path.name: path for path in folder.glob("tokenizer*") if path.is_file()}
-            super().__init__(params, dtype, tokenizer)
+            super().__init__(params, dtype, tokenizer_in(folder))
             found = {name: tuple(weight.get_shape()) for name, weight in self._slices.items()}
             check_shapes(found, self.shapes)
 

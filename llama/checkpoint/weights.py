@@ -168,6 +168,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
+def tokenizer_in(folder: Path) -> dict[str, Path]:
+    """The tokenizer files of a folder, by name: they go along with its weights."""
+    return {path.name: path for path in folder.glob("tokenizer*") if path.is_file()}
+
+
 class Source:
     """A checkpoint in any format, of which any rows or columns of any weight can be read.
 

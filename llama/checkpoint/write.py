@@ -233,7 +233,7 @@ def plan(
         weights += size
         shapes = (" x ".join(map(str, shape)) for shape in (whole, before, after))
         lines.append(row(kind, len(names), *shapes, f"{size:,}"))
-    local_kv_dim = max(1, args.n_kv_heads // n) * args.head_dim
+    local_kv_dim = args.n_local_kv_heads(n) * args.head_dim
     cache = 2 * args.n_layers * max_batch_size * max_seq_len * local_kv_dim * dtype.itemsize
     return "\n".join(
         [
