@@ -197,22 +197,24 @@ def test_fifty_kills_leave_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_pat
     assert hashes_of(tmp_path / "out") == expected
     shutil.rmtree(tmp_path / "out")
     choose, killed, partial = random.Random(0), 0, 0
-    for i in range(50):
+    while killed < 50:
         child = split_in_child(tmp_path)
         time.sleep(choose.uniform(0, seconds))
         child.kill()
         child.join()
-        killed += child.exitcode == -signal.SIGKILL
+        hit = child.exitcode == -signal.SIGKILL
+        # The machine may be faster or slower by now: most kills are to hit, at any moment.
+        seconds *= 1.05 if hit else 0.9
+        killed += hit
         partial += (tmp_path / ".out.partial").exists()
         if (tmp_path / "out").exists():
             assert hashes_of(tmp_path / "out") == expected
             shutil.rmtree(tmp_path / "out")
-        if i % 5 == 4:  # on what the kills have left
+        if killed % 5 == 4:  # on what the kills have left
             reshard(tmp_path / "ckpt", tmp_path / "out", 4)
             assert hashes_of(tmp_path / "out") == expected
             assert not (tmp_path / ".out.partial").exists()
             shutil.rmtree(tmp_path / "out")
-    assert killed > 25
     assert partial > 25  # so most kills fell into the writing
     assert hashes_of(tmp_path / "ckpt") == source
 
