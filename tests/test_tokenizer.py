@@ -263,9 +263,11 @@ def test_a_hostile_tokenizer_json_is_a_named_error(tmp_path, changes, message):
 
 
 def test_a_tokenizer_that_takes_too_long_ends_the_program(tmp_path):
-    slow = SPLIT | {"pattern": {"Regex": "a*a*c"}}
+    slow = SPLIT | {"pattern": {"Regex": "a*a*c[bd]"}}
     edit_json(save_json(tmp_path) / "tokenizer.json", pre_tokenizer=slow)
-    program = "import llama.tokenizer as t; t.TIME_LIMIT = 1; t.Tokenizer('.').encode('a' * 3000)"
+    program = (
+        "import llama.tokenizer as t; t.TIME_LIMIT = 1; t.Tokenizer('.').encode('a' * 3000 + 'cxb')"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=60, text=True
     )
