@@ -46,7 +46,7 @@ test: lint
 
 # attack all that reads files, with new seeds, for MINUTES; what fails is kept in fuzz-failed/
 fuzz: $(VENV)/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python tests/attacks.py --minutes $(MINUTES)
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:benchmarks $(VENV)/bin/python tests/attacks.py --minutes $(MINUTES)
 
 # whether the oldest torch of requirements.txt reads what we write (downloads several GB)
 test-oldest: $(VENV)/installed

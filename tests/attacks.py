@@ -1,6 +1,6 @@
 """Attack all that reads files: what comes out must be right, or an error of one line.
 
-python tests/attacks.py --minutes 20 [--seed 0] [--only shard]
+PYTHONPATH=.:benchmarks python tests/attacks.py --minutes 20 [--seed 0] [--only shard]
 Small files are damaged over and over, each kind of victims.py in processes of its own, with 1 GB
 more memory than they begin with. Prints counts by outcome, and keeps what failed in fuzz-failed/.
 Start reading at attempt().
@@ -232,6 +232,7 @@ def main(minutes: float = 20.0, seed: int | None = None, only: str | None = None
         only: the one kind to attack.
     """
     first = random.randrange(10**9) if seed is None else seed
+    print(f"seeds from {first}", flush=True)
     until = time.monotonic() + minutes * 60
     with tempfile.TemporaryDirectory() as scratch:
         attacks = [Attacks(name, Path(scratch)) for name in ([only] if only else KINDS)]
