@@ -7,6 +7,7 @@ torchrun --nproc_per_node 4 ft_main.py --ckpt_dir ckpts/7B_fs4 \
 python ft_main.py --help shows all options.
 """
 
+import contextlib
 from pathlib import Path
 
 from llama import cli
@@ -14,8 +15,18 @@ from llama.tuning.options import TuningOptions
 
 
 def main(flags: TuningOptions) -> None:
-    """Train a soft prompt and save it as a PEFT adapter."""
+    """Train a soft prompt and save it as a PEFT adapter, in a folder that no other run uses."""
     # here and not above, so that --help need not wait for torch
+    from llama import parallel
+    from llama.files import reserved
+
+    out = Path(flags.output_dir)
+    with reserved(out) if parallel.rank() == 0 else contextlib.nullcontext():
+        tune(flags, out)
+
+
+def tune(flags: TuningOptions, out: Path) -> None:
+    """Load model and rows, train, save."""
     import transformers
 
     from llama import parallel
@@ -25,7 +36,6 @@ def main(flags: TuningOptions) -> None:
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
 
-    out = Path(flags.output_dir)
     checkpoint = None
     if flags.resume:
         checkpoint = newest_checkpoint(out)
@@ -51,6 +61,7 @@ def main(flags: TuningOptions) -> None:
 
     trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer.pad_id)
     trainer.run(checkpoint)
+    ckpt.check_unchanged()
     trainer.save(out)
     if parallel.rank() == 0:
         print(

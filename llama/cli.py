@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import io
+import math
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,7 +47,7 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
             else functools.partial(main, **flags)
         )
     except (ValueError, OSError) as error:
-        _fail(f"error: {error}", first=_RANK == 0)
+        _fail(_explain(error), first=_RANK == 0)
     from llama import parallel  # here, so that help and a mistyped flag need no torch
 
     try:
@@ -66,7 +67,7 @@ def _explain(error: Exception) -> str | None:
     """The line for a failure that is no fault of the program's; None for one that may be."""
     text = str(error)
     if isinstance(error, ValueError | OSError | ImportError):
-        return f"error: {text}"
+        return f"error: {shown(text, 2000, ending=500)}"
     lines = text.splitlines() or ["in Python"]
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate" in text:
         return (
@@ -170,7 +171,7 @@ def check_at_least(smallest: int, **values: float) -> None:
 def say(message: str) -> None:
     """Tell the user something that is not a result: on stderr, by rank 0 alone."""
     if _RANK == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(shown(message, 2000, ending=500), file=sys.stderr, flush=True)
 
 
 def show_bars() -> bool:
@@ -194,10 +195,41 @@ def first_few(items: Sequence[str], sep: str = ", ", longest: int = 200) -> str:
     return sep.join(shown(item, longest) for item in items[:4]) + more
 
 
-def shown(text: str, longest: int = 200) -> str:
-    """A text out of a file, fit for a message: one line, no terminal codes, not too long."""
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest])
-    return plain + "…" * (len(text) > longest)
+def shown(text: str, longest: int = 200, ending: int = 0) -> str:
+    """A text that may be a file's, fit for a message: one line, no terminal codes, not too long.
+
+    Of one that is too long, the middle is left out; ending is how much of it stays at the end.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest - ending]}…{text[len(text) - ending :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_deadline = [math.inf, ""]  # when time is up, and what is then said
+_watch = threading.Thread()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """End the program, saying why, if the body takes too long: for what nothing can interrupt.
+
+    The body must let other threads run.
+    """
+    global _watch
+    if not _watch.is_alive():
+        _watch = threading.Thread(target=_end_when_time_is_up, daemon=True)
+        _watch.start()
+    _deadline[:] = time.monotonic() + seconds, message
+    try:
+        yield
+    finally:
+        _deadline[0] = math.inf
+
+
+def _end_when_time_is_up() -> None:
+    while time.monotonic() < _deadline[0]:
+        time.sleep(1)
+    _fail(f"error: {_deadline[1]}", first=True)
 
 
 class MemoryWatch(threading.Thread):

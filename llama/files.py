@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from llama.cli import shown
 
@@ -21,7 +22,8 @@ PLAIN = (
     r"collections OrderedDict|torch \w+Storage"
     r"|torch\._utils _rebuild_tensor_v2|torch\._utils _rebuild_parameter"
 )
-LONGEST_PICKLE = 1 << 26  # bytes
+LONGEST_PICKLE = 1 << 26  # bytes; that of a model of 100 layers takes 200 kB
+LONGEST_TEXT = 1 << 20  # characters
 
 
 @contextlib.contextmanager
@@ -93,6 +95,23 @@ def locked(folder: Path, message: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Make a folder, if it is not there, and hold it; ValueError if another run does.
+
+    If there is nothing in it at the end, it goes again.
+    """
+    with contextlib.ExitStack() as stack:
+        with naming_refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder.resolve(), f"{folder}: another run writes in it"))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def partial_name(path: Path) -> Path:
     """The temporary name under which a file or folder is written."""
     return path.with_name(f".{path.name}.partial")
@@ -135,11 +154,19 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_refusals(path: Path) -> Iterator[None]:
-    """Say which file the system refused to write."""
+    """Raise OSError with the path and the space left for what could not be written inside.
+
+    safetensors and torch have errors of their own for it.
+    """
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # named already, further inside
+            raise
+        reason = shown(str(getattr(error, "strerror", None) or error))
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        free = shutil.disk_usage(there).free
+        raise OSError(f"{path}: cannot be written: {reason} ({free:,} bytes free)") from None
 
 
 def read_json(path: Path, longest: int = 1 << 28) -> dict:
@@ -178,9 +205,11 @@ def parse_json(where: str, text: str) -> object:
 
 
 def check_text(where: str, name: str, value: object) -> str:
-    """The value, if it is a text of whole characters; else ValueError."""
+    """The value, if it is a text of whole characters and no endless one; else ValueError."""
     if not isinstance(value, str):
         raise ValueError(f'{where}: no text "{name}"')
+    if len(value) > LONGEST_TEXT:
+        raise ValueError(f'{where}: "{name}" has {len(value):,} characters, above {LONGEST_TEXT:,}')
     if re.search("[\ud800-\udfff]", value):  # JSON can write half a surrogate pair
         raise ValueError(f'{where}: "{name}" holds a character cut in half')
     return value
@@ -192,15 +221,15 @@ def write_json(path: Path, value: dict) -> None:
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load_plain(path: Path) -> object:
-    """Load what torch.save wrote, mapped into memory, if it holds nothing but plain tensors.
+def load_plain(path: Path) -> dict[str, torch.Tensor]:
+    """Load a dict of tensors that torch.save wrote, mapped into memory.
 
     No code in the file can run, nor ask for memory. Raises ValueError, naming the path, for
     anything else, and for torch's format of before 2020, which cannot be mapped.
     """
     try:
         _check_archive(path)
-        return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: unreadable ({error})") from None
     except Exception as error:  # torch raises whatever the bytes provoke
@@ -209,6 +238,14 @@ def load_plain(path: Path) -> object:
             f"{path}: not a file of torch.save's present format, or damaged: {reason}; copy it "
             "again, or save it anew with torch.save"
         ) from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path}: should be a dict of names and tensors, but is not")
+    for name, tensor in content.items():
+        # A tensor can claim more elements than it has bytes (stride 0): nothing may be sized by it.
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: damaged: {shown(name)} is no tensor of the bytes it has")
+    return content
 
 
 def _check_archive(path: Path) -> None:
@@ -226,15 +263,16 @@ def _check_archive(path: Path) -> None:
                 raise ValueError(f"record {name} is compressed")
             if record.header_offset + record.file_size > size:
                 raise ValueError(f"record {name} reaches past the end of the file")
-            if record.filename.endswith("/data.pkl"):
-                if record.file_size > LONGEST_PICKLE:
-                    raise ValueError(f"record {name} is {record.file_size:,} bytes long")
-                for opcode, argument, _ in pickletools.genops(archive.read(record)):
-                    names_something = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
-                    if names_something and not re.fullmatch(PLAIN, str(argument)):
-                        raise ValueError(
-                            f"it holds more than tensors ({argument}), which could run code"
-                        )
+    # torch has its own reader of archives, which finds other records than Python's in a crafted
+    # one (names in other case, shifted directories). What counts is the pickle that it finds.
+    reader = torch._C.PyTorchFileReader(str(path))
+    for name in reader.get_all_records():
+        if not name.startswith("data/") and reader.get_record_size(name) > LONGEST_PICKLE:
+            raise ValueError(f"record {shown(name)} is {reader.get_record_size(name):,} bytes long")
+    for opcode, argument, _ in pickletools.genops(reader.get_record("data.pkl")):
+        names_something = opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")
+        if names_something and not re.fullmatch(PLAIN, str(argument)):
+            raise ValueError(f"it holds more than tensors ({argument}), which could run code")
 
 
 def hash_of(path: Path, algorithm: str = "sha256") -> str:

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from llama import parallel
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.weights import parse_dtype
-from llama.cli import check_at_least
+from llama.cli import check_at_least, shown
 from llama.model import KVCache, Transformer
 from llama.options import check_sampling
 from llama.tokenizer import Tokenizer
+
+BROKEN = -1  # in place of a next id: the row's logits are no numbers
 
 
 @dataclass
@@ -46,6 +48,7 @@ class LLaMA:
     max_batch_size: int = 32
     soft_prompt: torch.Tensor | None = None  # (num_virtual_tokens, dim), before every prompt
     timing: Timing = field(default_factory=Timing)
+    ckpt: Checkpoint | None = None  # whose mapped files may be the model's weights
 
     @classmethod
     def build(
@@ -68,7 +71,7 @@ class LLaMA:
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
         model = load_model(ckpt, device, wanted)
         timing = Timing(load_seconds=parallel.now() - began)
-        return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing)
+        return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing, ckpt=ckpt)
 
     def generate(
         self,
@@ -82,21 +85,27 @@ class LLaMA:
 
         temperature 0 is greedy; top_p keeps the likeliest tokens that sum to it (Holtzman et al.,
         2020); a seed makes sampling repeatable. Raises ValueError for a prompt that leaves no room
-        in max_seq_len, before any work is done.
+        in max_seq_len, before any work is done, for logits that are no numbers, and for files of
+        weights that changed meanwhile.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
         check_sampling(max_gen_len, temperature, top_p, seed)
         encoded = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        self._check_lengths(prompts, encoded)
+        names = [f"prompt {i} ({shown(prompt, 40)!r})" for i, prompt in enumerate(prompts, 1)]
+        self._check_lengths(names, encoded)
         generator = torch.Generator(self.device)
         generator.seed() if seed is None else generator.manual_seed(seed)
         sampling = Sampling(temperature, top_p, generator)
         outputs: list[Output] = []
         for first in range(0, len(encoded), self.max_batch_size):
-            batch = encoded[first : first + self.max_batch_size]
-            for ids, new in zip(batch, self._generate_batch(batch, max_gen_len, sampling)):
+            rows = slice(first, first + self.max_batch_size)
+            batch = encoded[rows]
+            continuations = self._generate_batch(names[rows], batch, max_gen_len, sampling)
+            for ids, new in zip(batch, continuations):
                 outputs.append(Output(self._text_after(ids, new), new))
+        if self.ckpt is not None:
+            self.ckpt.check_unchanged()
         return outputs
 
     @property
@@ -107,10 +116,9 @@ class LLaMA:
     def num_virtual_tokens(self) -> int:
         return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
-    def _check_lengths(self, prompts: Sequence[str], encoded: list[list[int]]) -> None:
+    def _check_lengths(self, names: list[str], encoded: list[list[int]]) -> None:
         virtual = self.num_virtual_tokens
-        for number, (prompt, ids) in enumerate(zip(prompts, encoded), 1):
-            name = f"prompt {number} ({prompt[:40]!r})"
+        for name, ids in zip(names, encoded):
             if not ids and not virtual:
                 raise ValueError(f"{name} has no token to start from")
             if virtual + len(ids) >= self.max_seq_len:
@@ -122,7 +130,7 @@ class LLaMA:
 
     @torch.inference_mode()
     def _generate_batch(
-        self, batch: list[list[int]], max_gen_len: int, sampling: "Sampling"
+        self, names: list[str], batch: list[list[int]], max_gen_len: int, sampling: "Sampling"
     ) -> list[list[int]]:
         """The new ids of each row of prompt ids, without the id that ended it."""
         lengths = [
@@ -144,6 +152,12 @@ class LLaMA:
             for row, token in enumerate(next_ids.tolist()):
                 if done[row]:
                     continue
+                if token == BROKEN:
+                    raise ValueError(
+                        f"{names[row]}, token {len(continuations[row]) + 1}: the model gives no "
+                        "numbers; if it is whole (split_model.py --verify), its numbers are too "
+                        "large for its dtype: take --dtype bfloat16 or float32"
+                    )
                 if token in self.tokenizer.stop_ids:
                     done[row] = True
                 else:
@@ -234,12 +248,21 @@ def sample_on_rank_0(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """One id a row of logits (bsz, vocab_size): the likeliest at temperature 0, else at random."""
+    """One id a row of logits (bsz, vocab_size): the likeliest at temperature 0, else at random.
+
+    BROKEN for a row with a logit that is no number.
+    """
+    broken = ~logits.sum(dim=-1).isfinite()  # (bsz,)
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    # From the greatest down, so that a temperature near 0 divides into no infinity.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
-    probs, ids = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
-    # A token stays while those before it do not yet sum to top_p: the first one always does.
-    probs[probs.cumsum(dim=-1) - probs > sampling.top_p] = 0
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=sampling.generator))[:, 0]
+        ids = logits.argmax(dim=-1)
+    else:
+        logits = logits.masked_fill(broken[:, None], 0)
+        # From the greatest down, and by no number that float32 takes for 0: what is far below it
+        # becomes minus infinity, and the greatest stays.
+        logits -= logits.amax(dim=-1, keepdim=True)
+        probs = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
+        probs, order = probs.sort(dim=-1, descending=True)
+        # A token stays while those before it do not yet sum to top_p: the first one always does.
+        probs[probs.cumsum(dim=-1) - probs > sampling.top_p] = 0
+        ids = order.gather(-1, torch.multinomial(probs, 1, generator=sampling.generator))[:, 0]
+    return ids.masked_fill(broken, BROKEN)

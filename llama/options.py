@@ -61,8 +61,8 @@ def check_sampling(max_gen_len: int, temperature: float, top_p: float, seed: int
         raise ValueError(f"--temperature must be 0 (greedy) or more, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top_p must be above 0 and at most 1, not {top_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {seed}")
+    if seed is not None and not 0 <= seed < 2**32:  # torch's generator on a CPU takes no more
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, not {seed}")
 
 
 def check_dtype(dtype: str | None) -> None:

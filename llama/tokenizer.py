@@ -1,6 +1,9 @@
 """One Tokenizer over the three kinds of tokenizer file that Llama models come with."""
 
 import base64
+import contextlib
+import json
+import os
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +12,12 @@ import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
+from llama.cli import shown, time_limit
 from llama.files import read_json
+
+# Rust's backtraces tell a user nothing, and one thread is what one text takes.
+os.environ["RUST_BACKTRACE"] = "0"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # How Llama 3 cuts a text into words before byte-pair merging: a fact of the model, as published
 # with it. (tiktoken files hold the vocabulary alone, without this expression.)
@@ -22,6 +30,13 @@ LLAMA3_SPLIT = (
 # time in a word's length, so texts are cut at the same places as by Meta's own tokenizer.
 TIKTOKEN_MAX_CHARS = 400_000
 TIKTOKEN_MAX_RUN = 25_000
+
+# What a stranger's file may take: seconds for one text, and how much longer it may make that.
+TIME_LIMIT = 30
+MAX_GROWTH = 256
+
+# tokenizer.json: what a text goes through.
+JSON_STEPS = ("normalizer", "pre_tokenizer", "decoder")
 
 # tokenizer.json: names that are tried as end of sequence where no file names one, and special
 # tokens that end an answer whichever of them is called eos.
@@ -57,12 +72,13 @@ class Tokenizer:
         if self.model_path.stat().st_size > 256 << 20:  # the largest known one has 35 MB
             raise ValueError(f"{self.model_path}: is no tokenizer file: it is too long for one")
         data = self.model_path.read_bytes()
-        if re.match(rb"\s*\{", data):
-            self._load_json(data)
-        elif re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data):
-            self._load_tiktoken(data)
-        else:
-            self._load_sentencepiece(data)
+        with self._guarded():
+            if re.match(rb"\s*\{", data):
+                self._load_json(data)
+            elif re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data):
+                self._load_tiktoken(data)
+            else:
+                self._load_sentencepiece(data)
 
     def encode(self, s: str, *, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text; the text of a special token inside s is plain text.
@@ -72,7 +88,8 @@ class Tokenizer:
         # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
         # UTF-8) is no character: two of the three libraries would fail on it.
         s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = self._encode(s)
+        with self._guarded():
+            ids = self._encode(s)
         if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if eos:
@@ -91,7 +108,22 @@ class Tokenizer:
                     f"{self.model_path}: token id {i} is outside this vocabulary of "
                     f"{self.n_words}; give the tokenizer that belongs to the model"
                 )
-        return self._decode([i for i in ids if i not in self._special_ids])
+        with self._guarded():
+            return self._decode([i for i in ids if i not in self._special_ids])
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Make a ValueError of what the libraries raise; end the program if they hang."""
+        slow = f"{self.model_path}: after {TIME_LIMIT} s its tokenizer is still at one text"
+        try:
+            with time_limit(TIME_LIMIT, slow):
+                yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of theirs is no Exception
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reason = kind + shown(str(error), 500)
+            raise ValueError(f"{self.model_path}: not a tokenizer that works: {reason}") from None
 
     def _load_sentencepiece(self, data: bytes) -> None:
         """Llama 1 and 2: a SentencePiece model, which names bos, eos and pad itself (-1: none)."""
@@ -102,8 +134,8 @@ class Tokenizer:
             loaded = False
         if not loaded or sp.eos_id() < 0:
             raise ValueError(
-                f"{self.model_path}: neither a SentencePiece file with an end-of-sequence token, "
-                "nor tiktoken's, nor a tokenizer.json; give the one that came with the weights"
+                "neither a SentencePiece file with an end-of-sequence token, nor tiktoken's, nor a "
+                "tokenizer.json; give the one that came with the weights"
             )
         self._encode, self._decode, self.n_words = sp.encode, sp.decode, sp.vocab_size()
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
@@ -120,12 +152,10 @@ class Tokenizer:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise ValueError(
-                    f"{self.model_path}, line {number}: not a base64 token and its rank"
-                ) from None
+                raise ValueError(f"line {number}: not a base64 token and its rank") from None
         single_bytes = {bytes([b]) for b in range(256)}
         if single_bytes - ranks.keys() or sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError(f"{self.model_path}: tokens or ranks are missing: is it cut short?")
+            raise ValueError("tokens or ranks are missing: is it cut short?")
         # The special tokens stay outside the library, which would look for them in texts.
         encoding = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={}
@@ -145,10 +175,8 @@ class Tokenizer:
 
     def _load_json(self, data: bytes) -> None:
         """Hugging Face's tokenizer.json, with the tokenizer_config.json beside it if any."""
-        try:
-            rust = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{self.model_path}: not a tokenizer.json file: {error}") from None
+        _check_json(json.loads(data))
+        rust = tokenizers.Tokenizer.from_buffer(data)
         # Files are often saved with the cutting and padding of somebody's training run.
         rust.no_truncation()
         rust.no_padding()
@@ -161,19 +189,19 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             found = None if token is None else rust.token_to_id(str(token))
             if token is not None and found is None:
-                raise ValueError(f"{config_path}: {key} {token!r} is not in {self.model_path}")
+                raise ValueError(f"{config_path.name} has a {key} that is not in it: {token!r}")
             return found
 
         usual = [rust.token_to_id(name) for name in JSON_EOS_NAMES]
         ends = [i for i in (named_id("eos_token"), *usual) if i is not None]
         if not ends:
             raise ValueError(
-                f"{self.model_path}: no end-of-sequence token; name one as eos_token in "
-                f"{config_path.name}"
+                f"no end-of-sequence token; name one as eos_token in {config_path.name}"
             )
         special = {i for i, token in rust.get_added_tokens_decoder().items() if token.special}
         pad_id = named_id("pad_token")
-        self._encode = lambda s: rust.encode(s, add_special_tokens=False).ids
+        # The call for many texts is the one that lets other threads run.
+        self._encode = lambda s: rust.encode_batch([s], add_special_tokens=False)[0].ids
         self._decode = rust.decode
         self.n_words = max(rust.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = _json_bos(rust, named_id("bos_token"), config.get("add_bos_token"))
@@ -182,6 +210,33 @@ class Tokenizer:
         stop_ids = {rust.token_to_id(name) for name in JSON_STOP_NAMES} & special
         self.stop_ids = frozenset(stop_ids | {self.eos_id})
         self._special_ids = special | {self.bos_id, self.eos_id}
+
+
+def _check_json(content: dict) -> None:
+    """Raise ValueError for a tokenizer.json that no Llama has, as it makes texts too long.
+
+    On its way a text may become MAX_GROWTH times as long, and no more.
+    """
+    if content["model"].get("type", "BPE") != "BPE":
+        raise ValueError("its model is no byte-pair encoding, which all Llama models have")
+    for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if len(content["model"].get(key) or "") > MAX_GROWTH:
+            raise ValueError(f"its model's {key} is too long")
+    growth, parts = 1, [content.get(name) for name in JSON_STEPS]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += part.values()
+            kind = part.get("type")
+            growth *= 2 if kind in ("ByteLevel", "Metaspace") else 1
+            if kind == "Precompiled":
+                raise ValueError("it has a Precompiled normalizer, which no Llama model has")
+            if kind in ("Prepend", "Replace"):
+                growth *= 1 + len(part.get("content") or part.get("prepend") or "")
+        elif isinstance(part, list):
+            parts += part
+        if growth > MAX_GROWTH:
+            raise ValueError("its normalizers make texts too long")
 
 
 def _find_file(path: Path) -> Path:

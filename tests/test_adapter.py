@@ -94,12 +94,16 @@ BAD_ADAPTERS = {  # a file, or a folder of one file, or nothing
     "vector": (saved({KEY: torch.ones(64)}), "shape"),
     "other keys": (saved({"lora_A": torch.ones(3, 64)}), "no tuned prompt"),
     "no numbers": (saved({KEY: torch.full((3, 64), torch.nan)}), "no numbers"),
+    "no floats": (saved({KEY: torch.ones(3, 64, dtype=torch.complex64)}), "complex64, which no"),
+    "tiny floats": (saved({KEY: torch.ones(3, 64).to(torch.float8_e5m2)}), "more than tensors"),
+    "huge floats": (saved({KEY: torch.full((3, 64), 1e300, dtype=torch.float64)}), "no numbers"),
+    "more than it has": (saved({KEY: torch.ones(1, 64).expand(1 << 30, 64)}), "no tensor of the"),
     "code": (saved({KEY: RunsCode()}), "more than tensors"),
     "memory": (b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x7f\x85R.", "present format, or damaged"),
     "text": (b"hello", "damaged"),
-    "no tensors": (saved([1, 2]), "no tuned prompt"),
+    "no tensors": (saved([1, 2]), "a dict of names and tensors"),
     "damaged": ({"adapter_model.safetensors": b"\xff" * 100}, "damaged"),
-    "LoRA": ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "type LORA"),
+    "LoRA": ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "type 'LORA'"),
 }
 
 

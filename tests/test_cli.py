@@ -106,6 +106,10 @@ def test_a_mistyped_flag_is_answered_once_on_several_ranks():
         (lambda: Path("/none/x").read_text(), "error: [Errno 2] No such file or directory"),
         (lambda: torch.empty(1 << 50), "error: out of memory ("),
         (lambda: [0] * (1 << 60), "error: out of memory (in Python)"),
+        (
+            raising(ValueError("a\x1b[2Jb\nc\udc80" + "x" * 10**7 + "end")),
+            r"error: a\x1b[2Jb\nc\udc80x",
+        ),
         (raising(torch.OutOfMemoryError("CUDA out of memory")), "error: out of memory (CUDA"),
     ],
 )
@@ -122,6 +126,7 @@ def test_what_the_machine_cannot_give_is_one_line(monkeypatch, capfd, fail, mess
     assert said == ""
     assert error.startswith(message)
     assert error.count("\n") == 1
+    assert len(error) < 2100
 
 
 def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path):

@@ -94,7 +94,21 @@ def test_a_seed_makes_sampling_repeatable_and_the_coldest_temperature_is_greedy(
     assert first == llama.generate(PROMPTS, seed=1, **options)
     assert first != llama.generate(PROMPTS, seed=2, **options)
     greedy = llama.generate(PROMPTS, max_gen_len=12, temperature=0)
-    assert llama.generate(PROMPTS, max_gen_len=12, temperature=1e-40, top_p=1.0) == greedy
+    for temperature in (1e-40, 1e-50):  # float32 takes the second for 0
+        cold = llama.generate(PROMPTS, max_gen_len=12, temperature=temperature, top_p=1.0)
+        assert cold == greedy
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_logits_that_are_no_numbers_are_an_error(tmp_path, value, temperature):
+    llama = build(tmp_path)
+    layer = llama.model.layers[1].attention.wo
+    layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
+    layer.weight[3, 5] = value
+    message = r"prompt 1 \('Once'\), token 1: the model gives no numbers.*--dtype bfloat16"
+    with pytest.raises(ValueError, match=message):
+        llama.generate(PROMPTS, temperature=temperature)
 
 
 def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import sentencepiece
-from conftest import TOKENIZERS
+from conftest import TOKENIZERS, edit_json
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
@@ -233,6 +235,42 @@ def test_what_is_no_tokenizer_is_refused_with_its_path(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.model"):
         Tokenizer(path)
+
+
+def step(kind, **values):
+    return {"type": kind, **values}
+
+
+REPLACE = step("Replace", pattern={"String": "a"}, content="aa")
+SPLIT = step("Split", behavior="Isolated", invert=False)
+HOSTILE = {
+    "doubling": ({"normalizer": step("Sequence", normalizers=[REPLACE] * 40)}, "too long"),
+    "long prefix": ({"normalizer": step("Prepend", prepend="x" * 10**7)}, "too long"),
+    "precompiled": ({"normalizer": step("Precompiled", precompiled_charsmap="")}, "Precompiled"),
+    "regex": ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": r"(a|a|aa)+$"}}}, "retry-limit"),
+    "unigram": ({"model": step("Unigram", unk_id=0, vocab=[["a", 0.0]])}, "no byte-pair"),
+    "unknown": ({"model": step("BPE", unk_token="x" * 1000)}, "unk_token is too long"),
+    "no unknown": ({"model": step("BPE", vocab={"</s>": 0}, merges=[], unk_token="?")}, "unk|Unk"),
+    "decoder": ({"decoder": step("Nonsense")}, "untagged enum"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_tokenizer_json_is_a_named_error(tmp_path, changes, message):
+    edit_json(save_json(tmp_path) / "tokenizer.json", **changes)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
+        Tokenizer(tmp_path).encode("a" * 100 + "b")
+
+
+def test_a_tokenizer_that_takes_too_long_ends_the_program(tmp_path):
+    slow = SPLIT | {"pattern": {"Regex": "a*a*c"}}
+    edit_json(save_json(tmp_path) / "tokenizer.json", pre_tokenizer=slow)
+    program = "import llama.tokenizer as t; t.TIME_LIMIT = 1; t.Tokenizer('.').encode('a' * 3000)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, timeout=60, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr == "error: tokenizer.json: after 1 s its tokenizer is still at one text\n"
 
 
 def test_a_checkpoint_given_by_mistake_is_not_read(tmp_path):

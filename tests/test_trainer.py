@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,21 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import CODE, REPO, TOKENIZERS, command_of, flags_of, hashes_of, make_ckpt, run_script
-from safetensors.torch import load_file
+from conftest import (
+    CODE,
+    REPO,
+    TOKENIZERS,
+    command_of,
+    edit_json,
+    flags_of,
+    hashes_of,
+    make_ckpt,
+    run_script,
+)
+from safetensors.torch import load_file, save_file
 
 import ft_main
-from llama import cli
+from llama import cli, files
 from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import newest_checkpoint
 
@@ -111,7 +122,7 @@ def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs)
         for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-20"):
             assert (out / name).exists(), name
         held = {path.name: path.stat().st_size for path in (out / "checkpoint-10").iterdir()}
-        assert held.keys() >= {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt"}
+        assert held.keys() >= {"adapter_model.safetensors", "optimizer.safetensors", "run.json"}
         assert sum(held.values()) < 100_000
 
 
@@ -168,15 +179,12 @@ def test_a_bad_request_is_named_and_leaves_a_run_alone(tuned, monkeypatch, chang
     assert hashes_of(out / "checkpoint-4") == before
 
 
-CHANGED = "its files are not those that run.json lists"
+CHANGED = "its step or files are not those that run.json lists"
 DAMAGE = [  # a file of a checkpoint, what it is made to hold (None: it goes), why that is no use
-    ("optimizer.pt", b"PK", CHANGED),
-    ("optimizer.pt", CODE, CHANGED),
-    ("scheduler.pt", CODE, CHANGED),
-    ("rng_state.pth", b"", CHANGED),
+    ("optimizer.safetensors", b"PK", CHANGED),
     ("trainer_state.json", b"{", CHANGED),
     ("adapter_model.safetensors", None, CHANGED),
-    ("scaler.pt", b"one too many", CHANGED),
+    ("scaler.pt", CODE, CHANGED),
     ("run.json", None, "run.json: unreadable"),
     ("run.json", b'{"files": {', "run.json: unreadable"),
     ("run.json", b"[]", "run.json: unreadable"),
@@ -207,18 +215,76 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
         newest_checkpoint(out)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_code_in_a_checkpoint_whose_hashes_are_right_does_not_run(tuned, capfd, name):
-    folder, out = tuned
-    stranger = shutil.copytree(out, folder / f"code in {name}")
-    checkpoint = stranger / "checkpoint-4"
-    (checkpoint / name).write_bytes(CODE)
-    run = json.loads((checkpoint / "run.json").read_text())
-    run["files"][name] = hashes_of(checkpoint)[name]
-    (checkpoint / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match="holds more than tensors"):
-        tune(folder, stranger.name, max_steps=6, resume=True)
+def state(**changes):
+    return lambda folder: edit_json(folder / "trainer_state.json", **changes)
+
+
+def optimizer(**changes):
+    def edit(folder):
+        path = folder / "optimizer.safetensors"
+        save_file(load_file(path) | changes, path)
+
+    return edit
+
+
+def prompt_of_another_length(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(path)["prompt_embeddings"][:3].clone()}, path)
+
+
+FOREIGN = [  # what is made of a checkpoint, its hashes put right
+    (state(global_step=10**9), "trainer_state.json: not the state"),
+    (state(global_step="4"), "trainer_state.json: not the state"),
+    (state(log_history=[[]]), "trainer_state.json: not the state"),
+    (state(log_history=[{"step": 10**400}]), "trainer_state.json: not the state"),
+    (state(surprise=1), "trainer_state.json: not the state"),
+    (optimizer(rng=torch.zeros(5056, dtype=torch.uint8)), "optimizer.safetensors: damaged"),
+    (optimizer(rng=torch.zeros(7)), "optimizer.safetensors: damaged"),
+    (optimizer(**{"0.exp_avg": torch.zeros(9, 9)}), "not of this prompt's optimizer"),
+    (optimizer(**{"0.exp_avg": torch.full((8, 64), torch.nan)}), "not of this prompt's"),
+    (optimizer(**{"0.step": torch.tensor(3.0)}), "not of step 4"),
+    (lambda folder: (folder / "optimizer.safetensors").write_bytes(CODE), "damaged"),
+    (prompt_of_another_length, "a prompt of 3 tokens"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FOREIGN)
+def test_what_a_stranger_made_of_a_checkpoint_is_named(tuned, tmp_path, capfd, change, message):
+    out = shutil.copytree(tuned[1], tmp_path / "out")
+    checkpoint = out / "checkpoint-4"
+    change(checkpoint)
+    hashes = hashes_of(checkpoint)
+    del hashes["run.json"]
+    edit_json(checkpoint / "run.json", files=hashes)
+    options = options_of(tuned[0], "out", max_steps=6, resume=True) | {"output_dir": str(out)}
+    with pytest.raises(ValueError, match=message):
+        ft_main.main(TuningOptions(**options))
     assert "this code ran" not in capfd.readouterr().out
+
+
+def test_a_second_run_in_a_folder_is_told_at_once(tmp_path):
+    with (
+        files.reserved(tmp_path / "out"),
+        pytest.raises(ValueError, match="out: another run writes in it; wait for that one to end"),
+    ):
+        tune(tmp_path, "out", dataset_path="none")
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_room_is_all_it_takes(tmp_path, tuned):
+    make_ckpt(tmp_path / "ckpt1", **MODEL)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # as a full disk does, the system then refuses to let a file grow
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoint-2.*cannot be written: .* bytes free"
+        ) as error:
+            tune(tmp_path, "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()  # nothing was saved before
+    assert_same_outcome(tune(tmp_path, "out"), tuned[1])
 
 
 def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned):
@@ -235,7 +301,7 @@ def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned):
 def test_a_checkpoint_is_replaced_by_a_run_that_is_trained_beyond_it_again(tuned):
     folder, out = tuned
     again = shutil.copytree(out, folder / "replaced")
-    (again / "checkpoint-4" / "optimizer.pt").unlink()
+    (again / "checkpoint-4" / "optimizer.safetensors").unlink()
     tune(folder, "replaced", resume=True)
     assert newest_checkpoint(again) == again / "checkpoint-4"
     assert_same_outcome(again, out)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ class Checkpoint(Source):
             args = ModelArgs.from_params(params)
         self.paths = _find_shards(self.dir)
         self.n = len(self.paths)
+        self._stats = [path.stat() for path in self.paths]
         self.manifest = Manifest.read(self.dir)
         if self.manifest is not None:
             self.manifest.check_files(self.dir, self.paths)
@@ -194,6 +196,21 @@ class Checkpoint(Source):
             "it says, and the whole is not"
         )
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError if a shard, which may be mapped, was written into since it was opened.
+
+        One that was removed, or replaced under its name, is still mapped as it was.
+        """
+        for path, before in zip(self.paths, self._stats):
+            now = path.stat() if path.exists() else before
+            if os.path.samestat(before, now) and (
+                (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns)
+            ):
+                raise ValueError(
+                    f"{path}: written into while it was in use, so what came out is not to be "
+                    "trusted; copy it again, and run again"
+                )
+
     def verify(self) -> dict[str, str]:
         """Read every byte; return the SHA-256 of each whole weight, which does not depend on n.
 
@@ -331,14 +348,6 @@ def shard_name(i: int, prefix: str = "fs_consolidated") -> str:
 
 
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one .pth file, mapped into memory; no code in the file can run."""
-    shard = load_plain(path)
-    if not isinstance(shard, dict) or not all(isinstance(name, str) for name in shard):
-        raise ValueError(f"{path}: not a checkpoint: it should be a dict of names and tensors")
-    shard = {name: weight for name, weight in shard.items() if not name.endswith(SURPLUS)}
-    for name, weight in shard.items():
-        # A tensor can claim more elements than it has bytes (stride 0): nothing may be sized by it.
-        plain = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
-        if not plain or weight.nbytes > weight.untyped_storage().nbytes():
-            raise ValueError(f"{path}: damaged: {shown(name)} is no tensor of the bytes it has")
-    return {name: weight.detach() for name, weight in shard.items()}
+    """The weights of one .pth file, mapped into memory; no code in the file can run."""
+    found = load_plain(path).items()
+    return {name: weight.detach() for name, weight in found if not name.endswith(SURPLUS)}

@@ -1,9 +1,10 @@
 """manifest.json: what each weight and each shard of a folder holds, so that damage is noticed.
 
 It holds the SHA-256 of each whole weight, its rows in order, which does not depend on the number of
-shards, and of each of the parts that the shards hold of it; and the size of each shard. A shard's
-bytes around the weights (a zip archive's headers, checksums and directory) are not hashed: what a
-reader takes from them shows in the weights' names, shapes and bytes, and the rest nobody reads.
+shards, and of each of the parts that the shards hold of it; the size of each shard; and the size
+and SHA-256 of the tokenizer's files, which may be absent but not be others. A shard's bytes around
+the weights (a zip archive's headers, checksums and directory) are not hashed: what a reader takes
+from them shows in the weights' names, shapes and bytes, and the rest nobody reads.
 """
 
 import dataclasses
@@ -15,14 +16,15 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.weights import cut_of, weight_shapes
+from llama.checkpoint.weights import cut_of, tokenizer_in, weight_shapes
 from llama.cli import counted, first_few
-from llama.files import naming, read_json, write_json
+from llama.files import hash_of, naming, read_json, write_json
 from llama.model import ModelArgs
 
 NAME = "manifest.json"
 FORMAT = 2
 WEIGHT = {"shape": list, "dtype": str, "sha256": str, "parts": list}
+FILE = {"size": int, "sha256": str}
 LONGEST = 1 << 24  # bytes; a model of 80 layers in 16 shards takes 2 MB
 
 
@@ -33,6 +35,7 @@ class Manifest:
     params: dict  # as in params.json
     weights: dict[str, dict]  # by name: shape, dtype, sha256 of the whole, and of its parts
     shards: dict[str, int]  # by file: its size
+    files: dict[str, dict]  # of the tokenizer: size, sha256
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -48,8 +51,9 @@ class Manifest:
                 "cut the folder anew with split_model.py to have one again"
             )
         fits = (
-            _has(content, {"params": dict, "weights": dict, "shards": dict})
+            _has(content, {"params": dict, "weights": dict, "shards": dict, "files": dict})
             and all(_has(weight, WEIGHT) for weight in content["weights"].values())
+            and all(_has(file, FILE) for file in content["files"].values())
             and all(type(size) is int for size in content["shards"].values())
         )
         if known != FORMAT or not fits:
@@ -64,7 +68,10 @@ class Manifest:
         write_json(folder / NAME, {"format": FORMAT} | dataclasses.asdict(self))
 
     def check_files(self, folder: Path, paths: Sequence[Path]) -> None:
-        """Raise ValueError unless the shards are those listed here, by name and size."""
+        """Raise ValueError unless the shards are those listed here, by name and size.
+
+        And for a file of the tokenizer that is another than the one listed.
+        """
         here, there = {path.name for path in paths}, self.shards.keys()
         if here != there:
             raise ValueError(
@@ -77,6 +84,15 @@ class Manifest:
             if size != wanted:
                 raise ValueError(
                     f"{path}: {size} bytes long, but {NAME} says {wanted}; copy it again"
+                )
+        for name, path in tokenizer_in(folder).items():
+            # Sizes first: a file that is not the one listed may be endless.
+            listed = self.files.get(name)
+            same_size = listed and path.stat().st_size == listed["size"]
+            if listed and not (same_size and describe_file(path) == listed):
+                raise ValueError(
+                    f"{path}: not the file that {NAME} lists; copy it again, or, if it is meant "
+                    f"to change, take it out of {NAME}"
                 )
 
     def check_params(self, folder: Path, args: ModelArgs) -> None:
@@ -113,6 +129,11 @@ class Manifest:
 def _has(table: object, kinds: dict[str, type]) -> bool:
     """Whether a value is a table of just these keys, with values of these types."""
     return isinstance(table, dict) and {key: type(x) for key, x in table.items()} == kinds
+
+
+def describe_file(path: Path) -> dict[str, int | str]:
+    """What a manifest says of a file of the tokenizer."""
+    return {"size": path.stat().st_size, "sha256": hash_of(path)}
 
 
 def describe_weights(args: ModelArgs, dtypes: dict[str, torch.dtype]) -> dict[str, dict]:

@@ -7,16 +7,14 @@ import math
 import os
 import shutil
 import struct
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.folder import Checkpoint, hash_threads, shard_name
-from llama.checkpoint.manifest import Manifest, describe_weights
+from llama.checkpoint.manifest import Manifest, describe_file, describe_weights
 from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
 from llama.cli import byte_bar, counted
 from llama.files import bytes_of, naming_refusals, new_folder, write_json
@@ -43,7 +41,8 @@ def write_checkpoint(
         described = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
         weights = {name: described[name] | hashes[name] for name in described}
         shards = {shard_name(i): (folder / shard_name(i)).stat().st_size for i in range(n)}
-        Manifest(source.params, weights, shards).write(folder)
+        files = {name: describe_file(folder / name) for name in source.files}
+        Manifest(source.params, weights, shards, files).write(folder)
 
 
 def _write_shards(
@@ -58,7 +57,6 @@ def _write_shards(
     hashes = {}
     with (
         _lay_out(source, folder, n, dtype) as shards,
-        _flushing(shards) as check_flushed,
         byte_bar(sum(size.values()) * dtype.itemsize) as bar,
         hash_threads() as pool,
     ):
@@ -66,7 +64,8 @@ def _write_shards(
         # No name for what map gives: when it is dropped, weights not yet begun are left out.
         for name, found in zip(names, pool.map(work, names)):
             hashes[name] = found
-            check_flushed()
+            for shard in shards:  # meanwhile the disk writes: little is left for the end
+                shard.flush()
             bar.update(size[name] * dtype.itemsize)
     return hashes
 
@@ -172,46 +171,13 @@ def _lay_out(
             path = folder / shard_name(i)
             # Never touched, so these take address space but no memory.
             empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-            try:
-                with torch.serialization.skip_data():
-                    torch.save(empty, str(path))
-            except RuntimeError:  # how torch says that the system refused a write, and not why
-                raise OSError(f"{path}: cannot be written; is the disk full?") from None
+            with naming_refusals(path), torch.serialization.skip_data():
+                torch.save(empty, str(path))
             shards.append(_ShardFile(path, list(shapes)))
             stack.callback(os.close, shards[-1].descriptor)
             with naming_refusals(path):
                 os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
         yield shards
-
-
-@contextlib.contextmanager
-def _flushing(shards: list[_ShardFile]) -> Iterator[Callable[[], None]]:
-    """Let the disk write, on another thread, while more is being done: little is left at the end.
-
-    The system tells of a failed write once, and no later fsync would know. So the OSError is kept:
-    the function that this gives raises it, and so does the end.
-    """
-    done = threading.Event()
-
-    def flush() -> None:
-        while True:
-            for shard in shards:
-                shard.flush()
-            if done.wait(0.01):
-                return
-
-    with ThreadPoolExecutor(1) as thread:
-        flushed = thread.submit(flush)
-
-        def check() -> None:  # raises if flushing has failed so far
-            if flushed.done():
-                flushed.result()
-
-        try:
-            yield check
-        finally:
-            done.set()
-        flushed.result()
 
 
 def plan(

@@ -1,5 +1,6 @@
 """A soft prompt in and out of files: PEFT's adapter folders, and older single files."""
 
+import reprlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
     if config.is_file():
         kind = read_json(config).get("peft_type")
         if kind not in ("PROMPT_TUNING", "P_TUNING"):
+            kind = reprlib.repr(kind)
             raise ValueError(f"{config}: an adapter of type {kind}; only prompt tuning fits here")
     names = ("adapter_model.safetensors", "adapter_model.bin")
     files = [path / name for name in names] if path.is_dir() else [path]
@@ -37,9 +39,12 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
     prompt = _prompt_in(found)
     if prompt.dim() != 2 or prompt.shape[1] != dim or not len(prompt):
         raise ValueError(f"{found}: shape {tuple(prompt.shape)}, but the model's dim is {dim}")
+    if prompt.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{found}: its numbers are {prompt.dtype}, which no tuning writes")
+    prompt = prompt.float()
     if not prompt.isfinite().all():
         raise ValueError(f"{found}: holds values that are no numbers; its training failed")
-    return prompt.float()
+    return prompt
 
 
 def _prompt_in(path: Path) -> torch.Tensor:
@@ -48,7 +53,8 @@ def _prompt_in(path: Path) -> torch.Tensor:
         try:
             state = load_file(path)
         except Exception as error:  # the library raises whatever the bytes provoke
-            raise ValueError(f"{path}: not an adapter, or damaged: {error}") from None
+            reason = cli.shown(str(error))
+            raise ValueError(f"{path}: not an adapter, or damaged: {reason}") from None
     else:
         state = load_plain(path)
     for key in ("prompt_embeddings", "embedding.weight"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from llama import cli
 from llama.files import check_text, parse_json, read_lines
@@ -80,7 +81,9 @@ def tokenize_dataset(
     instructions = load_instructions(path)
     rows: list[Row] = []
     cut, too_long = 0, []
-    for row in instructions:
+    if len(instructions) > 10_000:
+        cli.say(f"{path}: making tokens of {len(instructions):,} rows")
+    for row in tqdm(instructions, "tokens", unit="row", disable=not cli.show_bars()):
         prompt = alpaca_prompt(row["instruction"], row["input"])
         prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
         if len(prompt_ids) >= longest:

@@ -4,18 +4,27 @@ import functools
 import math
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 
 import peft
 import torch
 import torch.distributed as dist
 import transformers
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from llama import cli, parallel
-from llama.files import hash_of, new_folder, read_json, remove, write_json, write_whole
+from llama.files import (
+    hash_of,
+    naming_refusals,
+    new_folder,
+    read_json,
+    remove,
+    write_json,
+    write_whole,
+)
 from llama.tuning.adapter import base_model_facts, differing, load_soft_prompt, save_adapter
 from llama.tuning.data import Row, collate
 from llama.tuning.model import soft_prompt_of
@@ -27,10 +36,11 @@ except ImportError as error:
     message = "Hugging Face's package `datasets` is not installed: pip install datasets"
     raise ImportError(message) from error
 
-# The last file written into a checkpoint's folder: what a resumed run must keep, and the SHA-256
-# of every other file, by which a whole checkpoint is known before anything in it is unpickled.
+# The last file written into a checkpoint's folder: its step, what a resumed run must keep, and the
+# SHA-256 of every other file, by which a whole checkpoint is known before it is read.
 RUN = "run.json"
 STATE = "trainer_state.json"  # the Trainer's own name
+OPTIMIZER = "optimizer.safetensors"
 
 
 def training_arguments(
@@ -110,16 +120,12 @@ class PromptTrainer(transformers.Trainer):
                     f"{checkpoint}: begun with another model, dataset or options ({changed}); give "
                     f"those in its {RUN}, or begin anew in another folder"
                 )
-            self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+            self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
         with tqdm(total=steps, initial=done, unit="step", disable=not cli.show_bars()) as bar:
             self.add_callback(Watch(soft_prompt_of(self.model), bar))
             if done < steps:
-                try:
-                    self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-                except UnpicklingError as error:
-                    reason = cli.shown(str(error))
-                    raise ValueError(f"{checkpoint}: holds more than tensors: {reason}") from None
+                self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             else:
                 self._load_from_checkpoint(str(checkpoint))
             evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
@@ -137,20 +143,91 @@ class PromptTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Write a checkpoint, by rank 0: the whole folder or nothing. The Trainer calls this."""
         if parallel.rank() == 0:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
             remove(folder)  # not whole: a resumed run starts from the newest whole one
-            with new_folder(folder) as partial:
+            with naming_refusals(folder), new_folder(folder) as partial:
                 save_adapter(self.model, partial)
-                self._save_optimizer_and_scheduler(str(partial))
-                self._save_rng_state(str(partial))
+                self._save_optimizer(partial / OPTIMIZER)
                 self.state.save_to_json(str(partial / STATE))
-                write_json(partial / RUN, self.must_stay | {"files": _hashes_of(partial)})
+                files = {"step": step, "files": _hashes_of(partial)}
+                write_json(partial / RUN, self.must_stay | files)
         dist.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
-        """Take the prompt of a checkpoint; the Trainer, which calls this, loads the rest."""
+        """Take the prompt of a checkpoint. The Trainer calls this."""
         prompt = soft_prompt_of(self.model)
-        prompt.data.copy_(load_soft_prompt(resume_from_checkpoint, prompt.shape[1]))
+        found = load_soft_prompt(resume_from_checkpoint, prompt.shape[1])
+        if found.shape != prompt.shape:
+            raise ValueError(f"{resume_from_checkpoint}: a prompt of {len(found)} tokens")
+        prompt.data.copy_(found)
+
+    def _save_optimizer(self, path: Path) -> None:
+        """Write what the optimizer remembers, and the random numbers that order the rows.
+
+        As plain tensors, which cannot run code. The schedule follows from the step.
+        """
+        of_parameters = self.optimizer.state_dict()["state"]
+        tensors = {f"{i}.{key}": x for i, of in of_parameters.items() for key, x in of.items()}
+        save_file(tensors | {"rng": torch.get_rng_state()}, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take from a checkpoint what _save_optimizer wrote. The Trainer calls this."""
+        if checkpoint is None:
+            return
+        step, state = self.state.global_step, self.optimizer.state_dict()
+        found, prompt = _load_optimizer(Path(checkpoint)), soft_prompt_of(self.model)
+        expected = {"0.step": (), "0.exp_avg": prompt.shape, "0.exp_avg_sq": prompt.shape}
+        shapes = {name: x.shape for name, x in found.items() if x.dtype == torch.float32}
+        if shapes != expected or not all(found[name].isfinite().all() for name in expected):
+            raise ValueError(f"{Path(checkpoint) / OPTIMIZER}: not of this prompt's optimizer")
+        if found["0.step"] != step:
+            raise ValueError(f"{Path(checkpoint) / OPTIMIZER}: not of step {step}")
+        of_prompt = {name.removeprefix("0."): found[name] for name in expected}
+        self.optimizer.load_state_dict(state | {"state": {0: of_prompt}})
+        before = {"last_epoch": step - 1, "_step_count": step}
+        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | before)
+        self.lr_scheduler.step()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Take the random numbers of a checkpoint. The Trainer calls this."""
+        torch.set_rng_state(_load_optimizer(Path(checkpoint))["rng"])
+
+
+def _load_optimizer(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors that _save_optimizer wrote."""
+    try:
+        found = load_file(checkpoint / OPTIMIZER)
+        torch.Generator().set_state(found["rng"])  # raises for what is no generator's state
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
+        reason = cli.shown(str(error))
+        raise ValueError(f"{checkpoint / OPTIMIZER}: damaged ({reason})") from None
+    return found
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Read the Trainer's state of a checkpoint; ValueError if the Trainer did not write it so."""
+    path = checkpoint / STATE
+    found = read_json(path)
+    if not _is_state(found, read_json(checkpoint / RUN)["step"]):
+        raise ValueError(f"{path}: not the state of a run at the step that {RUN} says")
+    return TrainerState(**found)
+
+
+def _is_state(found: dict, step: int) -> bool:
+    kinds = {key: (type(value),) for key, value in vars(TrainerState()).items()}
+    kinds |= dict.fromkeys(("epoch", "total_flos"), (int, float)) | {"train_batch_size": (int,)}
+    typed = found.keys() == kinds.keys() and all(type(found[x]) in kinds[x] for x in kinds)
+    return (
+        typed
+        and found["global_step"] == step
+        and all(
+            isinstance(row, dict)
+            and "step" in row
+            and all(type(x) in (int, float) and abs(x) < 2**53 for x in row.values())
+            for row in found["log_history"]
+        )
+    )
 
 
 class Watch(transformers.TrainerCallback):
@@ -167,8 +244,8 @@ class Watch(transformers.TrainerCallback):
         self.bar.update()
         if not self.prompt.isfinite().all():
             raise ValueError(
-                f"step {state.global_step}: the prompt holds no numbers any more; lower --lr, or "
-                "take --dtype bfloat16 or float32"
+                f"step {state.global_step}: the prompt holds no numbers any more; lower --lr, "
+                "take --dtype bfloat16 or float32, or check the model: split_model.py --verify"
             )
 
     def on_log(self, args, state, control, logs: dict[str, float], **_: object) -> None:
@@ -192,9 +269,10 @@ def newest_checkpoint(output_dir: Path) -> Path:
     for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
         folder = output_dir / f"checkpoint-{step}"
         try:
-            if read_json(folder / RUN).get("files") == _hashes_of(folder):
+            run = read_json(folder / RUN)
+            if run.get("step") == step and run.get("files") == _hashes_of(folder):
                 return folder
-            reason = f"its files are not those that {RUN} lists"
+            reason = f"its step or files are not those that {RUN} lists"
         except (ValueError, OSError) as error:
             reason = str(error)
         cli.say(f"{folder}: passed over, as it is not whole: {reason}")
