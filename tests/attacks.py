@@ -32,7 +32,7 @@ from pathlib import Path
 from conftest import REPO
 from victims import HANG, KINDS, Files, Kind
 
-from llama import cli
+from llama import cli, tokenizer
 
 MEMORY = 1 << 30  # bytes of address space above what the process has when an attempt begins
 FAULTS = ("traceback", "hang", "abort", "memory", "changed")
@@ -105,10 +105,11 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def is_refusal(error: BaseException, name: str) -> bool:
-    """Whether an error is one that a user can read: one line, fit for a terminal, with the name."""
-    text = str(error)
-    fit = name in text and text.isprintable() and len(text) < 3000
-    return isinstance(error, ValueError | OSError) and fit
+    """Whether the user is told what is wrong, and where: in one line, fit for a terminal."""
+    if not isinstance(error, ValueError | OSError):
+        return False
+    line = cli._explain(error)
+    return name in line and line.isprintable() and len(line) < 3000
 
 
 def prepare(kind: Kind, folder: Path, log: int, pipe: Connection) -> None:
@@ -117,7 +118,7 @@ def prepare(kind: Kind, folder: Path, log: int, pipe: Connection) -> None:
     folder.mkdir()
     kind.make(folder)
     files = files_of(folder)
-    pipe.send((files, kind.read(folder)))
+    pipe.send((files, (kind.right or kind.read)(folder)))
 
 
 def work(
@@ -126,6 +127,7 @@ def work(
     """Make attempts, until the time is over, and tell of each before it begins and when it ends."""
     kind, (files, right) = KINDS[name], given
     hush(log)
+    tokenizer.TIME_LIMIT = 3  # or hostile ones would take most of the time
     if kind.in_process:
         sys.addaudithook(forbid_code)
     for seed in seeds:
@@ -189,18 +191,30 @@ class Attacks:
                         self._count(seed, outcome, why)
             process.join()
             if not outcome:  # it died in the midst of an attempt
-                said = Path(self.log.name).read_text(errors="replace")
-                died = "memory" if "memory allocation of" in said else "abort"  # as Rust says it
-                died = "hang" if process.exitcode == -signal.SIGALRM else died
-                self._count(seed, died, f"exit code {process.exitcode}")
+                self._count(seed, self._how_it_died(process), f"exit code {process.exitcode}")
         return seed + 1
+
+    def _how_it_died(self, process: BaseProcess) -> str:
+        """The outcome of an attempt that ended its process."""
+        said = self._said()
+        if process.exitcode == -signal.SIGALRM:
+            return "hang"
+        if "memory allocation of" in said:  # as Rust says it
+            return "memory"
+        errors = re.findall("(?m)^error: .*", said)  # as cli.time_limit() says it
+        named = len(errors) == 1 and str(self.folder) in errors[0]
+        return "refused" if process.exitcode == 1 and named else "abort"
+
+    def _said(self) -> str:
+        """What the processes said since the last attempt began."""
+        return Path(self.log.name).read_text(errors="replace")[-20_000:]
 
     def _count(self, seed: int, outcome: str, why: str) -> None:
         """Count an outcome; keep the files and the reason of a fault."""
         self.counts[outcome] += 1
         if outcome not in FAULTS:
             return
-        why += "\n" + Path(self.log.name).read_text(errors="replace")[-20_000:]
+        why = f"{why}\n{self._said()}"
         seeds = self.faults.setdefault(f"{outcome}: {gist(why)}", [])
         seeds.append(seed)
         if len(seeds) <= KEPT:
