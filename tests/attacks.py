@@ -47,17 +47,21 @@ def files_of(folder: Path) -> Files:
 
 
 def damaged(kind: Kind, name: str, seed: int, files: Files) -> Files:
-    """The files of an attempt."""
+    """The files of an attempt: one of them damaged, missing, or the copy of another."""
     choose, files = random.Random(f"{name} {seed}"), dict(files)
-    target = choose.choice(fnmatch.filter(files, kind.targets))
-    ways = list(kind.ways)
-    while ways:
-        way = choose.choice(ways)
-        try:
-            files[target] = way(files[target], choose)
-            break
-        except (ValueError, IndexError, TypeError, OverflowError):  # no way for this content
-            ways.remove(way)
+    target, ways = choose.choice(fnmatch.filter(files, kind.targets)), list(kind.ways)
+    if choose.random() < 0.03 and not kind.named:
+        files[target] = files[choose.choice(list(files))]
+    elif choose.random() < 0.02 and not kind.named:
+        del files[target]
+    else:
+        while ways:
+            way = choose.choice(ways)
+            try:
+                files[target] = way(files[target], choose)
+                break
+            except (ValueError, IndexError, TypeError, OverflowError):  # no way for this content
+                ways.remove(way)
     kind.finish(files)
     return files
 
