@@ -5,9 +5,10 @@ DEMO := ckpts/SmolLM2-135M-Instruct
 # one thread a rank: the demo's three share few cores
 TORCHRUN := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
 MODEL := --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3
+MINUTES ?= 20
 QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --temperature 0 --max_gen_len 80
 
-.PHONY: install demo demo-ft test test-oldest lint clean
+.PHONY: install demo demo-ft test fuzz test-oldest lint clean
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -42,6 +43,10 @@ $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 # lint, then all tests, on the CPU and offline, two files at a time
 test: lint
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+# attack all that reads files, with new seeds, for MINUTES; what fails is kept in fuzz-failed/
+fuzz: $(VENV)/installed
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:benchmarks $(VENV)/bin/python tests/attacks.py --minutes $(MINUTES)
 
 # whether the oldest torch of requirements.txt reads what we write (downloads several GB)
 test-oldest: $(VENV)/installed
