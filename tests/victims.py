@@ -327,7 +327,8 @@ class Kind:
     finish: Callable[[Files], None] = lambda files: None
     named: str = ""  # what every refusal names; by default the folder
     in_process: bool = True  # so that memory and what code may do can be limited
-    seconds: float = 5  # before it is the next kind's turn
+    tries: int = 200  # in `make test`
+    seconds: float = 5  # in `make fuzz`, before it is the next kind's turn
 
 
 JSON, BYTES = (odd_json, flip), (any_way, flip)
@@ -340,11 +341,11 @@ MANIFEST, CHECKLIST, RUN = "manifest.json", "checklist.chk", "out/checkpoint-2/r
 KINDS = {
     "params.json": Kind(make_plain, "params.json", JSON, read_folder),
     "manifest.json": Kind(make_whole, MANIFEST, JSON, read_folder, voucher=MANIFEST),
-    "shard": Kind(make_plain, "*.pth", (flip, flip_front), read_folder),
-    "directory": Kind(make_plain, "*.pth", (poke_zip, rezip), read_folder),
-    "pickle": Kind(make_plain, "*.pth", (hostile,), read_folder),
+    "shard": Kind(make_plain, "*.pth", (flip, flip_front), read_folder, tries=100),
+    "directory": Kind(make_plain, "*.pth", (poke_zip, rezip), read_folder, tries=100),
+    "pickle": Kind(make_plain, "*.pth", (hostile,), read_folder, tries=100),
     "verified": Kind(make_whole, "*", BYTES, read_verified, voucher=MANIFEST),
-    "checklist": Kind(make_listed, "*", BYTES, read_verified, voucher=CHECKLIST),
+    "checklist": Kind(make_listed, "*", BYTES, read_verified, voucher=CHECKLIST, tries=100),
     "gguf": Kind(make_gguf, "*", METADATA, read_foreign),
     "config.json": Kind(make_hf, "config.json", JSON, read_foreign),
     "safetensors": Kind(make_hf, "*.safetensors", (odd_header, flip_front), read_foreign),
@@ -352,15 +353,15 @@ KINDS = {
     "tokenizer_config": Kind(make_json_tokenizer, "tokenizer_config.json", JSON, read_tokenizer),
     "sentencepiece": Kind(make_sentencepiece, "*", (flip, odd_proto), read_tokenizer),
     "tiktoken": Kind(make_rows, "*.model", (odd_line, flip), read_tokenizer),
-    "adapter": Kind(make_adapter, "*a[sd][ea]*", ADAPTER, read_adapter),
-    "old adapter": Kind(make_old_adapter, "*.bin", OLD_ADAPTER, read_adapter),
-    "checkpoint": Kind(make_run, "out/*", (any_way,), read_run, voucher=RUN),
-    "stranger": Kind(make_run, "out/*", (any_way,), read_run, finish=hash_anew),
+    "adapter": Kind(make_adapter, "*a[sd][ea]*", ADAPTER, read_adapter, tries=100),
+    "old adapter": Kind(make_old_adapter, "*.bin", OLD_ADAPTER, read_adapter, tries=100),
+    "checkpoint": Kind(make_run, "out/*", (any_way,), read_run, voucher=RUN, tries=100),
+    "stranger": Kind(make_run, "out/*", (any_way,), read_run, finish=hash_anew, tries=8),
     "prompts": Kind(make_prompts, "*", (odd_line, flip), read_text),
     "dataset": Kind(make_rows, "rows*", (odd_line, odd_json, flip), read_rows),
-    "options": Kind(make_flags, "flags.txt", (odd_flags,), read_flags, named="--"),
+    "options": Kind(make_flags, "flags.txt", (odd_flags,), read_flags, named="--", tries=100),
     "ranks": Kind(
         *(make_whole, "*", BYTES, read_on_ranks, MANIFEST, read_on_one),
-        **{"in_process": False, "seconds": 20},
+        **{"in_process": False, "tries": 1, "seconds": 20},
     ),
 }
