@@ -5,9 +5,11 @@ import functools
 import programs
 import pytest
 import torch
-from conftest import TOKENIZERS, hf_reference, make_ckpt
+from conftest import TOKENIZERS, flags_of, hf_reference, make_ckpt, make_params, run_script
+from random_model import random_source
 
 from llama import LLaMA
+from llama.checkpoint.write import write_checkpoint
 from llama.tokenizer import Tokenizer
 
 PROMPTS = ["Once", "The capital of France is", "a b c d e f g h i j k l m", "In short:\n1."]
@@ -109,6 +111,18 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path, value, temperature):
     message = r"prompt 1 \('Once'\), token 1: the model gives no numbers.*--dtype bfloat16"
     with pytest.raises(ValueError, match=message):
         llama.generate(PROMPTS, temperature=temperature)
+
+
+def test_logits_that_are_no_numbers_end_all_ranks_with_one_line(tmp_path):
+    source = random_source(make_params(), torch.float16, std=1e4)  # its sums overflow
+    write_checkpoint(source, tmp_path / "ckpt", 2)
+    flags = flags_of(ckpt_dir=tmp_path / "ckpt", tokenizer_path=TOKENIZERS["sentencepiece"][0])
+    result = run_script("example.py", *flags, n=2)
+    assert (result.returncode, result.stdout) == (1, "")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "prompt 1" in errors[0]
+    assert "--dtype bfloat16" in errors[0]
 
 
 def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks):
