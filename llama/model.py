@@ -39,29 +39,42 @@ class ModelArgs:
     use_scaled_rope: bool = False  # Llama 3.1 and later
     rope_scaling_factor: float = 8.0
     rope_high_freq_factor: float = 4.0
+    # Those that follow are ours: params.json holds them only where a model has others.
+    rope_low_freq_factor: float = 1.0
+    rope_original_len: int = 8192  # the context that scaled rope stretches
+    rope_linear_factor: float = 1.0  # angles are divided by it
+    head_dim: int | None = None  # None: dim / n_heads
+    context_len: int | None = None  # of the longest texts that it was trained on; None: unknown
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.ffn_dim_multiplier is None:
             self.ffn_dim_multiplier = 1.0
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"):
+        sizes = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "rope_original_len"]
+        sizes += ["vocab_size"] if self.vocab_size != -1 else []
+        sizes += [x for x in ("head_dim", "context_len") if getattr(self, x) is not None]
+        for name in sizes:
             value = getattr(self, name)
-            unset = name == "vocab_size" and value == -1
-            if type(value) is not int or not (unset or 0 < value < 2**31):
+            if type(value) is not int or not 0 < value < 2**31:
                 raise ValueError(f"{name} must be a positive integer, not {reprlib.repr(value)}")
-        rope = ("rope_theta", "rope_scaling_factor", "rope_high_freq_factor")
-        for name in ("ffn_dim_multiplier", "norm_eps", *rope):
+        rope = [f"rope_{x}_factor" for x in ("scaling", "low_freq", "high_freq", "linear")]
+        for name in ("ffn_dim_multiplier", "norm_eps", "rope_theta", *rope):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < 1e12:
                 raise ValueError(f"{name} must be a positive number, not {reprlib.repr(value)}")
         if type(self.use_scaled_rope) is not bool:
             value = reprlib.repr(self.use_scaled_rope)
             raise ValueError(f"use_scaled_rope must be true or false, not {value}")
-        if self.rope_high_freq_factor == 1:
-            raise ValueError("rope_high_freq_factor must differ from the low one, which is 1")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if high <= low:
+            raise ValueError(f"rope_high_freq_factor {high} must be above the low one, {low}")
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.n_heads
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim {self.dim} must be a multiple of n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even, for rotary pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
         if self.hidden_dim < 1:
@@ -72,10 +85,6 @@ class ModelArgs:
         """The arguments in a params.json; keys that do not shape the model are left aside."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in params.items() if key in known})
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
 
     @property
     def q_dim(self) -> int:
@@ -99,14 +108,15 @@ class ModelArgs:
 def rope_frequencies(args: ModelArgs) -> Tensor:
     """Angle of each rotary pair per position, (head_dim / 2,) float32 (Su et al., 2021).
 
-    With use_scaled_rope, long wavelengths are stretched as Llama 3.1 does for a context of 8192.
+    With use_scaled_rope, long wavelengths are stretched as Llama 3.1 does.
     """
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32) / args.head_dim
-    freqs = 1.0 / args.rope_theta**exponents
+    freqs = 1.0 / args.rope_theta**exponents / args.rope_linear_factor
     if not args.use_scaled_rope:
         return freqs
-    turns = 8192 * freqs / (2 * math.pi)  # over the context that the model was first trained on
-    smooth = ((turns - 1) / (args.rope_high_freq_factor - 1)).clamp(0, 1)
+    turns = args.rope_original_len * freqs / (2 * math.pi)
+    low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return freqs * (smooth + (1 - smooth) / args.rope_scaling_factor)
 
 

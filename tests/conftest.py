@@ -118,13 +118,8 @@ CODE = saved(RunsCode())  # a file of torch.save that would run code
 def hf_model(source: Source) -> transformers.LlamaForCausalLM:
     """The same weights in Hugging Face's own class, as an independent reference."""
     args = source.args
-    rope = {"rope_theta": args.rope_theta, "rope_type": "default"}
-    if args.use_scaled_rope:
-        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": args.rope_high_freq_factor}
-        rope |= {"original_max_position_embeddings": 8192}
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config = hf_config(args, rope_parameters=rope, max_position_embeddings=131072, **none)
+    config = hf_config(args, max_position_embeddings=131072, **none)
     state = {}
     for name in source.shapes:
         kind, layer, weight = kind_of(name), re.search(r"\d+", name), source.read(name)

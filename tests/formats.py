@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import TOKENIZERS, make_params, random_source
 from gguf import GGMLQuantizationType as Kind
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import parallel
 from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.params import SIZES
+from llama.checkpoint.params import sizes_of
 from llama.checkpoint.weights import Source
 from llama.checkpoint.write import write_checkpoint
 from llama.generation import load_model
@@ -30,11 +30,15 @@ def save_hf(folder: Path, dtype=torch.float32, max_shard_size="1GB", **changes) 
     config = {"hidden_size": 64, "intermediate_size": 200, "vocab_size": VOCABULARY}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config |= {"initializer_range": 0.3, "max_position_embeddings": 131072}
-    model = LlamaForCausalLM(LlamaConfig(**(config | changes))).to(dtype)
+    config |= changes
+    if config.pop("model_type", "llama") == "mistral":
+        model = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=None, **config))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**config))
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(weight, 1.0, 0.3)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def gguf_source(**changes) -> Source:
@@ -50,8 +54,7 @@ def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **cha
     """
     source = gguf_source(**changes)
     args = source.args
-    fields = {size.gguf: getattr(args, size.meta) for size in SIZES}
-    fields |= {"llama.context_length": 1024, "llama.rope.dimension_count": args.head_dim}
+    fields = sizes_of("gguf", args) | {"llama.rope.dimension_count": args.head_dim}
     fields |= dict(meta)
     # gguf knows what the weights are called in Meta's files.
     gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)

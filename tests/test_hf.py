@@ -6,7 +6,7 @@ import pytest
 import torch
 from formats import assert_fails, assert_ranges_are_slices, assert_same_logits, save_hf
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llama.checkpoint.hf import HFFolder
 from llama.checkpoint.params import read_sizes
@@ -29,7 +29,11 @@ MODELS = {
     "narrow FFN": {"intermediate_size": 91},
     "bfloat16": {"dtype": torch.bfloat16},
     "scaled rope": llama3_rope(),
-    "other scaled rope": llama3_rope(factor=32.0, high_freq_factor=3.0),
+    "other scaled rope": llama3_rope(factor=32.0, high_freq_factor=3.0, low_freq_factor=1.5),
+    "rope of another context": llama3_rope(original_max_position_embeddings=512),
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "wide heads": {"head_dim": 32},
+    "Mistral's": {"model_type": "mistral", "head_dim": 24},
 }
 
 
@@ -47,7 +51,7 @@ def rewrite_weights(folder, change):
 
 
 def assert_equals_transformers(folder):
-    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert_same_logits(folder, reference)
 
 
@@ -133,12 +137,15 @@ def test_absent_output_weight_means_tied_unless_config_says_otherwise(tmp_path):
 
 
 BAD_CONFIGS = {
-    "model_type": ({"model_type": "mistral"}, "model_type is 'mistral'"),
+    "model_type": ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+    "sliding window": ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is set"),
+    "the usual window": ({"model_type": "mistral"}, "or absent, which means 4096"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "attention bias": ({"attention_bias": True}, "attention_bias is True"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias is True"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-    "head_dim": ({"head_dim": 32}, "head_dim is 32"),
+    "head_dim": ({"head_dim": 32}, "wq.weight has shape (64, 64), expected (128, 64)"),
+    "odd head_dim": ({"head_dim": 17}, "head_dim 17 must be even"),
     "uneven heads": ({"num_attention_heads": 5, "head_dim": None}, "n_heads 5"),
     "no size": ({"hidden_size": None}, "hidden_size is None"),
     "size is text": ({"hidden_size": "64"}, "hidden_size is '64'"),
@@ -148,11 +155,11 @@ BAD_CONFIGS = {
     "eps": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     "rope is a list": ({"rope_parameters": [1]}, "rope_parameters is [1]"),
     "rope kind": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
-    "old rope kind": ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "'linear'"),
+    "old rope kind": ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "'dynamic'"),
     "rope theta": ({"rope_parameters": {"rope_theta": -1}}, "rope_theta is -1"),
-    "low_freq_factor": (llama3_rope(low_freq_factor=2), "is 2; only 1"),
-    "context": (llama3_rope(original_max_position_embeddings=4096), "is 4096; only 8192"),
-    "high_freq_factor": (llama3_rope(high_freq_factor=1), "is 1; it must be above"),
+    "linear rope": ({"rope_parameters": {"rope_type": "linear"}}, "factor is None"),
+    "context": (llama3_rope(original_max_position_embeddings=0.5), "embeddings is 0.5"),
+    "high_freq_factor": (llama3_rope(high_freq_factor=1), "1 must be above the low one, 1.0"),
     "partial rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
 }
 

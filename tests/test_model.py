@@ -17,6 +17,8 @@ SHAPES = {
     "heads = 4 kv heads": {"n_kv_heads": 2},
     "one kv head": {"n_kv_heads": 1},
     "scaled rope": {"n_kv_heads": 2, "use_scaled_rope": True, "rope_theta": 500000.0},
+    "linear rope": {"n_kv_heads": 2, "rope_linear_factor": 4.0},
+    "wide heads": {"n_kv_heads": 2, "head_dim": 24},
 }
 
 
@@ -113,6 +115,9 @@ def test_ranks_give_the_logits_of_hugging_face_from_any_number_of_shards(tmp_pat
         ({"rope_theta": None}, "rope_theta"),
         ({"use_scaled_rope": "yes"}, "use_scaled_rope"),
         ({"multiple_of": 0}, "multiple_of"),
+        ({"head_dim": 7}, "head_dim 7"),
+        ({"context_len": 0}, "context_len"),
+        ({"rope_high_freq_factor": 1.0}, "rope_high_freq_factor 1.0"),
     ],
 )
 def test_impossible_arguments_are_named(changes, word):

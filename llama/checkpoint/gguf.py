@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
-from llama.checkpoint.params import check_values, read_sizes, scaled_rope_params
+from llama.checkpoint.params import check_values, read_rope, read_sizes, rope_of
 from llama.checkpoint.weights import (
     EMBEDDING,
     OUTPUT,
@@ -38,6 +38,11 @@ FLOAT32, STRING, ARRAY = 6, 8, 9
 MAX_STRINGS = 1 << 22
 
 ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_ROPE = {  # numbers behind the factors: the first is llama.cpp's own, the others it ignores
+    "original_max_position_embeddings": "llama.rope.scaling.original_context_length",
+    "low_freq_factor": "llama.rope.scaling.low_freq_factor",
+    "high_freq_factor": "llama.rope.scaling.high_freq_factor",
+}
 HALF_TYPES = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
@@ -81,7 +86,7 @@ class GGUFFile(Source):
             self._tensors.setdefault(OUTPUT, self._tensors[EMBEDDING])
             params = _params(meta, vocab_size=self._tensors[EMBEDDING].shape[0])
             if factors is not None:
-                params = _with_scaled_rope(params, self._rows(factors).flatten())
+                params = _with_scaled_rope(params, meta, self._rows(factors).flatten())
             args = ModelArgs.from_params(params)
             check_layers(args, len(self._tensors))
             shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
@@ -217,29 +222,33 @@ def _params(meta: dict, vocab_size: int) -> dict:
         "llama.rope.freq_base": ModelArgs.rope_theta,
     }
     params = read_sizes("gguf", defaults | meta)
-    head_dim = params["dim"] // params["n_heads"]
+    head_dim = params.get("head_dim", params["dim"] // params["n_heads"])
+    factor = meta.get("llama.rope.scaling.factor") or meta.get("llama.rope.scale_linear") or 1
+    if meta.get("llama.rope.scaling.type") == "none":
+        factor = 1
     accepted = {
         "split.count": (None, 0, 1),
         "llama.expert_count": (None, 0),
-        "llama.attention.key_length": (None, head_dim),
         "llama.attention.value_length": (None, head_dim),
         "llama.rope.dimension_count": (None, head_dim),
-        "llama.rope.scaling.type": (None, "none"),
-        "llama.rope.scaling.factor": (None, 0, 1),
-        "llama.rope.scale_linear": (None, 1),
+        "llama.rope.scaling.type": (None, "none", "linear"),
     }
     check_values(meta, accepted)
-    return params
+    return params | read_rope("linear", {"factor": factor})
 
 
-def _with_scaled_rope(params: dict, factors: torch.Tensor) -> dict:
+def _with_scaled_rope(params: dict, meta: dict, factors: torch.Tensor) -> dict:
     """Add the entries that give these divisors of the rotary frequencies (Llama 3.1+).
 
-    The largest of them is the scaling factor: it divides the slowest frequencies in full.
+    The largest of them is the scaling factor: it divides the slowest frequencies in full. The
+    other numbers are not in most files; then they are taken to be those of Llama 3.1.
     """
     if bool((factors == 1).all()):  # as some files have them for plain rope
         return params
-    scaled = params | scaled_rope_params(round(float(factors.max()), 3))
+    numbers = {name: meta[there] for name, there in LLAMA3_ROPE.items() if there in meta}
+    numbers["factor"] = round(float(factors.max()), 3)
+    usual = rope_of(ModelArgs(use_scaled_rope=True))
+    scaled = params | read_rope("llama3", usual | numbers)
     before, after = ModelArgs.from_params(params), ModelArgs.from_params(scaled)
     if len(factors) == before.head_dim // 2:
         expected = rope_frequencies(before) / rope_frequencies(after)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama.checkpoint.params import SIZES, check_values, positive, read_sizes, scaled_rope_params
+from llama.checkpoint.params import (
+    ROPE_SCALING,
+    check_values,
+    read_rope,
+    read_sizes,
+    rope_of,
+    sizes_of,
+)
 from llama.checkpoint.weights import (
     EMBEDDING,
     OUTPUT,
@@ -92,13 +99,23 @@ def hf_config(args: ModelArgs, **options: object) -> "transformers.LlamaConfig":
     """The configuration of Hugging Face's own model of the same shape."""
     import transformers  # here, for it takes seconds, and reading a folder needs none of it
 
-    sizes = {size.hf: getattr(args, size.meta) for size in SIZES}
-    return transformers.LlamaConfig(**sizes, **options)
+    return transformers.LlamaConfig(**config_of(args) | options)
+
+
+def config_of(args: ModelArgs) -> dict:
+    """What config.json says of a model: as transformers 5 reads it, and 4."""
+    rope = rope_of(args)
+    sizes = sizes_of("hf", args)
+    of_version_4 = {"rope_scaling": rope if rope["rope_type"] != "default" else None}
+    return sizes | of_version_4 | {"rope_parameters": rope | {"rope_theta": args.rope_theta}}
 
 
 def _params(config: dict) -> dict:
     """What params.json says, from config.json."""
-    check_values(config, {"model_type": ("llama",)})
+    # Mistral's is the same architecture, but where it looks at the last few thousand tokens alone.
+    check_values(config, {"model_type": ("llama", "mistral")})
+    if config["model_type"] == "mistral" and config.get("sliding_window", 4096) is not None:
+        raise ValueError("sliding_window is set, or absent, which means 4096; only null will do")
     config = {key: value for key, value in config.items() if value is not None}
     # What transformers 5 says of the rotary embedding in an object, 4 says in part beside it.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -113,19 +130,12 @@ def _params(config: dict) -> dict:
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
         "quantization_config": (None,),
-        "head_dim": (None, params["dim"] // params["n_heads"]),
         "partial_rotary_factor": (None, 1),
     }
     check_values(config, accepted)
-    accepted = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (None, 1)}
-    check_values(rope | {"rope_type": kind}, accepted)
-    if kind == "default":
-        return params
-    check_values(rope, {"low_freq_factor": (1,), "original_max_position_embeddings": (8192,)})
-    factor, high = positive(rope, "factor"), positive(rope, "high_freq_factor")
-    if high <= 1:
-        raise ValueError(f"high_freq_factor is {high}; it must be above low_freq_factor, 1")
-    return params | scaled_rope_params(factor, high)
+    check_values(rope, {"partial_rotary_factor": (None, 1)})
+    check_values({"rope_type": kind}, {"rope_type": tuple(ROPE_SCALING)})
+    return params | read_rope(kind, rope)
 
 
 def _open_weights(folder: Path) -> dict[str, safe_open]:
