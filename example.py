@@ -1,7 +1,7 @@
 r"""Generate with a model split over the ranks of a run.
 
 torchrun --nproc_per_node 4 example.py --ckpt_dir ckpts/7B_fs4 \
-    --tokenizer_path ckpts/tokenizer.model
+    --tokenizer_path ckpts/7B_fs4
 """
 
 from llama import cli

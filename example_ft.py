@@ -1,7 +1,7 @@
 r"""Generate with a tuned prompt in front, over the ranks of a run.
 
 torchrun --nproc_per_node 4 example_ft.py --ckpt_dir ckpts/7B_fs4 \
-    --tuning_ckpt_path saved/alpaca --tokenizer_path ckpts/tokenizer.model
+    --tuning_ckpt_path saved/alpaca --tokenizer_path ckpts/7B_fs4
 """
 
 from llama import cli

@@ -1,7 +1,7 @@
 r"""Prompt tuning of a model split over the ranks of a run.
 
 torchrun --nproc_per_node 4 ft_main.py --ckpt_dir ckpts/7B_fs4 \
-    --tokenizer_path ckpts/tokenizer.model --dataset_path datasets/alpaca_data.json \
+    --tokenizer_path ckpts/7B_fs4 --dataset_path datasets/short_answers.json \
     --output_dir saved/alpaca
 
 python ft_main.py --help shows all options.

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import inspect
 import io
 import math
@@ -20,8 +19,8 @@ from typing import NoReturn
 import fire
 from tqdm import tqdm
 
-# torchrun ends all ranks as soon as one has failed: a rank that is not to speak waits so long, so
-# that the one that is can.
+# Seconds that a silent rank waits before it exits: torchrun ends all ranks once one has exited, and
+# the one that speaks needs time to.
 SILENT_EXIT_DELAY = 5.0
 LOST_PEER = (  # as gloo and nccl word it
     "Connection closed by peer",
@@ -35,23 +34,20 @@ _RANK = int(os.environ.get("RANK", 0))  # as torchrun gives it, before there is 
 def run(main: Callable[..., None], options: type | None = None) -> None:
     """Run a script: main's signature is its command line, and a failure is one line.
 
-    options: a dataclass, which takes the signature's place; main is then given one of it.
+    options: a dataclass, which takes the signature's place; main is then given one, as flags.
     What the user got wrong (ValueError, OSError) or the machine cannot give becomes one line on
     stderr and exit code 1. When ranks fail, whichever is first says so, and torchrun ends all.
     """
     try:
         flags = parse_flags(options or main)
-        work = (
-            functools.partial(main, options(**flags))
-            if options
-            else functools.partial(main, **flags)
-        )
+        if options:
+            flags = {"flags": options(**flags)}
     except (ValueError, OSError) as error:
-        _fail(_explain(error), first=_RANK == 0)
+        _fail(_explain(error), wait=_RANK > 0, speak=_RANK == 0)
     from llama import parallel  # here, so that help and a mistyped flag need no torch
 
     try:
-        work()
+        main(**flags)
         parallel.leave_together()
     except KeyboardInterrupt:
         say("interrupted")
@@ -60,7 +56,7 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
         message = _explain(error)
         if message is None and parallel.world_size() == 1:
             raise
-        _fail(message or traceback.format_exc(), first=parallel.first_to_fail())
+        _fail(message or traceback.format_exc(), *parallel.how_to_fail())
 
 
 def _explain(error: Exception) -> str | None:
@@ -82,15 +78,11 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str, first: bool | None) -> NoReturn:
-    """End with exit code 1, and say why: at once if this rank is the first to fail.
-
-    One that is not waits, and torchrun ends it. None: without a process group nobody knows which
-    was the first; then it waits too, and speaks if it is still there.
-    """
-    if not first:
+def _fail(message: str, wait: bool, speak: bool) -> NoReturn:
+    """End with exit code 1, after waiting for a rank that speaks, or saying why, or both."""
+    if wait:
         time.sleep(SILENT_EXIT_DELAY)
-    if first is not False:
+    if speak:
         print(message, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()
@@ -164,7 +156,7 @@ def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Param
 def check_at_least(smallest: int, **values: float) -> None:
     """Raise ValueError, naming the flag, for a value below the smallest that makes sense."""
     for name, value in values.items():
-        if not value >= smallest:
+        if not value >= smallest:  # and not <, which is false for NaN
             raise ValueError(f"--{name} must be at least {smallest}, not {value}")
 
 
@@ -206,7 +198,7 @@ def shown(text: str, longest: int = 200, ending: int = 0) -> str:
 
 
 _deadline = [math.inf, ""]  # when time is up, and what is then said
-_watch = threading.Thread()
+_watch = threading.Thread()  # one for all texts: a Timer each takes longer than most texts do
 
 
 @contextlib.contextmanager
@@ -229,7 +221,9 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 def _end_when_time_is_up() -> None:
     while time.monotonic() < _deadline[0]:
         time.sleep(1)
-    _fail(f"error: {_deadline[1]}", first=True)
+    from llama import parallel
+
+    _fail(f"error: {_deadline[1]}", *parallel.how_to_fail())
 
 
 class MemoryWatch(threading.Thread):

@@ -16,7 +16,7 @@ from llama.model import KVCache, Transformer
 from llama.options import check_sampling
 from llama.tokenizer import Tokenizer
 
-BROKEN = -1  # in place of a next id: the row's logits are no numbers
+BROKEN = -1  # in place of a next id: the row's logits are NaN or infinite
 
 
 @dataclass
@@ -48,7 +48,7 @@ class LLaMA:
     max_batch_size: int = 32
     soft_prompt: torch.Tensor | None = None  # (num_virtual_tokens, dim), before every prompt
     timing: Timing = field(default_factory=Timing)
-    ckpt: Checkpoint | None = None  # whose mapped files may be the model's weights
+    ckpt: Checkpoint | None = None  # whose mapped files are to stay as they are meanwhile
 
     @classmethod
     def build(
@@ -85,8 +85,8 @@ class LLaMA:
 
         temperature 0 is greedy; top_p keeps the likeliest tokens that sum to it (Holtzman et al.,
         2020); a seed makes sampling repeatable. Raises ValueError for a prompt that leaves no room
-        in max_seq_len, before any work is done, for logits that are no numbers, and for files of
-        weights that changed meanwhile.
+        in max_seq_len, before any work is done, for logits that are NaN or infinite, and for files
+        of weights that changed meanwhile.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
@@ -95,7 +95,10 @@ class LLaMA:
         names = [f"prompt {i} ({shown(prompt, 40)!r})" for i, prompt in enumerate(prompts, 1)]
         self._check_lengths(names, encoded)
         generator = torch.Generator(self.device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
         sampling = Sampling(temperature, top_p, generator)
         outputs: list[Output] = []
         for first in range(0, len(encoded), self.max_batch_size):
@@ -133,13 +136,11 @@ class LLaMA:
         self, names: list[str], batch: list[list[int]], max_gen_len: int, sampling: "Sampling"
     ) -> list[list[int]]:
         """The new ids of each row of prompt ids, without the id that ended it."""
-        lengths = [
-            self.num_virtual_tokens + len(ids) for ids in batch
-        ]  # how much of the cache each row fills
+        # How much of the cache each row fills, and how much more it may.
+        lengths = [self.num_virtual_tokens + len(ids) for ids in batch]
         limits = [min(max_gen_len, self.max_seq_len - length) for length in lengths]
-        cache = KVCache(
-            self.model, len(batch), max(length + limit for length, limit in zip(lengths, limits))
-        )
+        max_len = max(length + limit for length, limit in zip(lengths, limits))
+        cache = KVCache(self.model, len(batch), max_len)
         continuations: list[list[int]] = [[] for _ in batch]
         done = [False] * len(batch)
         began = parallel.now()
@@ -154,9 +155,9 @@ class LLaMA:
                     continue
                 if token == BROKEN:
                     raise ValueError(
-                        f"{names[row]}, token {len(continuations[row]) + 1}: the model gives no "
-                        "numbers; if it is whole (split_model.py --verify), its numbers are too "
-                        "large for its dtype: take --dtype bfloat16 or float32"
+                        f"{names[row]}, token {len(continuations[row]) + 1}: the model's logits "
+                        "are NaN or infinite; if its files are whole (split_model.py --verify), "
+                        "its numbers overflow their dtype: take --dtype bfloat16 or float32"
                     )
                 if token in self.tokenizer.stop_ids:
                     done[row] = True
@@ -250,15 +251,15 @@ def sample_on_rank_0(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """One id a row of logits (bsz, vocab_size): the likeliest at temperature 0, else at random.
 
-    BROKEN for a row with a logit that is no number.
+    BROKEN for a row with a logit that is NaN or infinite.
     """
     broken = ~logits.sum(dim=-1).isfinite()  # (bsz,)
     if sampling.temperature == 0:
         ids = logits.argmax(dim=-1)
     else:
         logits = logits.masked_fill(broken[:, None], 0)
-        # From the greatest down, and by no number that float32 takes for 0: what is far below it
-        # becomes minus infinity, and the greatest stays.
+        # Less the greatest, which then stays 0 divided by the tiniest temperature, while the others
+        # go to minus infinity; 1e-30, as float32 may take smaller ones for 0.
         logits -= logits.amax(dim=-1, keepdim=True)
         probs = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
         probs, order = probs.sort(dim=-1, descending=True)

@@ -1,4 +1,4 @@
-"""fairscale's model-parallel layers as we use them, fast products, and sums over ranks."""
+"""fairscale's model-parallel layers, products that use every thread, and sums over ranks."""
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,11 @@ SMALL_SUM = 1 << 16  # elements over all ranks, below which latency and not band
 
 
 def _unallocated(*shape: int) -> nn.Parameter:
+    """A weight of which only the shape is laid down: the content comes from a checkpoint.
+
+    fairscale's own constructors allocate it and, for more than one rank, the full matrix.
+    """
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-
-
-# fairscale's own constructors allocate each weight and, for more than one rank, the full matrix to
-# cut it from. Ours come from a checkpoint, so only the shape is laid down here.
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
@@ -85,7 +85,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     threads = torch.get_num_threads()
     one_row = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1]
-    if not one_row or threads == 1 or weight.shape[0] % threads or torch.is_grad_enabled():
+    even = threads > 1 and weight.shape[0] % threads == 0
+    if not (one_row and even) or torch.is_grad_enabled():
         return F.linear(x, weight)
     slices = weight.view(threads, -1, weight.shape[1]).transpose(1, 2)
     rows = x.reshape(1, -1).expand(threads, 1, -1)

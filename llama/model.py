@@ -94,9 +94,13 @@ class ModelArgs:
     def kv_dim(self) -> int:
         return self.n_kv_heads * self.head_dim
 
+    def kv_parts(self, n: int) -> int:
+        """Parts into which n ranks cut the KV heads. With fewer heads, neighbours share a part."""
+        return min(n, self.n_kv_heads)
+
     def n_local_kv_heads(self, n: int) -> int:
-        """KV heads that each of n ranks holds. Below one a rank, neighbours hold the same one."""
-        return max(1, self.n_kv_heads // n)
+        """KV heads that each of n ranks holds."""
+        return self.n_kv_heads // self.kv_parts(n)
 
     @property
     def hidden_dim(self) -> int:
@@ -149,8 +153,9 @@ class KVCache:
         """
         starts = torch.tensor(start_pos, device=self.rows.device)[:, None]
         positions = starts + torch.arange(seqlen, device=starts.device)
-        first, self.end = min(start_pos), max(start_pos) + seqlen
-        if self.end - first == seqlen:  # all rows are at the same place
+        first, last = min(start_pos), max(start_pos)
+        self.end = last + seqlen
+        if first == last:  # all rows are at the same place
             self.place = (slice(None), slice(first, self.end))
             if seqlen == 1 or first == 0:
                 return positions, None
@@ -176,7 +181,8 @@ def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     attention_mask (bsz, seqlen) is 0 on padding.
     """
     # Padding on the right needs no mask: causal attention never looks there.
-    if attention_mask is None or not (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+    left_padded = attention_mask is not None and bool((attention_mask.diff(dim=1) > 0).any())
+    if not left_padded:
         return None
     seqlen, device = attention_mask.shape[1], attention_mask.device
     causal = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device).tril()

@@ -36,7 +36,8 @@ def setup() -> torch.device:
         else:
             _store, rank, size = dist.HashStore(), 0, 1
         backend = "nccl" if _device.type == "cuda" else "gloo"
-        card = _device if _device.type == "cuda" else None  # known, nccl connects and fails early
+        # Given the card, nccl connects now, and fails now.
+        card = _device if _device.type == "cuda" else None
         dist.init_process_group(backend, store=_store, rank=rank, world_size=size, device_id=card)
         # gloo's threads must end before the interpreter does, or they abort it.
         atexit.register(leave)
@@ -88,17 +89,19 @@ def leave_together() -> None:
         leave()
 
 
-def first_to_fail() -> bool | None:
-    """Whether this rank is the first to fail; without a process group, None for all but rank 0.
+def how_to_fail() -> tuple[bool, bool]:
+    """Whether this rank, which has failed, is to wait before it ends, and whether to say why.
 
-    torchrun's store outlives any rank, and tells which of several is the first. Without it all
-    ranks mostly meet the same error; when they do not, nothing ends the others while they wait.
+    torchrun's store outlives any rank, and tells which of several failed first: that one speaks.
+    Before setup() there is none. Then all ranks mostly meet the same error, and rank 0 speaks; the
+    others wait, and speak only if nothing has ended them.
     """
     if _store is None:
-        return True if rank() == 0 else None
+        return rank() > 0, True
+    first = True
     with contextlib.suppress(dist.DistError):
-        return _store.add("llama/failed", 1) == 1
-    return True
+        first = _store.add("llama/failed", 1) == 1
+    return not first, first
 
 
 def hide_ranks() -> None:

@@ -60,7 +60,7 @@ class Tokenizer:
     stop_ids: frozenset[int]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
     _decode: Callable[[list[int]], str]
-    _special_ids: Container[int]  # those without a text
+    _special_ids: Container[int]  # those left out of a decoded text
 
     def __init__(self, model_path: str | Path):
         """Load a tokenizer file, or the one inside a folder (tokenizer.model, tokenizer.json).

@@ -108,7 +108,9 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path, value, temperature):
     layer = llama.model.layers[1].attention.wo
     layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
     layer.weight[3, 5] = value
-    message = r"prompt 1 \('Once'\), token 1: the model gives no numbers.*--dtype bfloat16"
+    message = (
+        r"prompt 1 \('Once'\), token 1: the model's logits are NaN or infinite.*--dtype bfloat16"
+    )
     with pytest.raises(ValueError, match=message):
         llama.generate(PROMPTS, temperature=temperature)
 

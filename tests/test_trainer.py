@@ -165,7 +165,7 @@ def tuned(tmp_path_factory):
         ({"output_dir": "new1", "resume": True}, "no whole checkpoint to resume"),
         ({"output_dir": "new2", "dataset_path": "none.json"}, "none.json"),
         ({"output_dir": "new3", "max_seq_len": 20}, "no row leaves room"),
-        ({"output_dir": "new4", "lr": 1e38, "warmup_steps": 0}, "no numbers any more; lower --lr"),
+        ({"output_dir": "new4", "lr": 1e38, "warmup_steps": 0}, "NaN or infinite; lower --lr"),
     ],
 )
 def test_a_bad_request_is_named_and_leaves_a_run_alone(tuned, monkeypatch, changes, message):

@@ -135,10 +135,11 @@ class Checkpoint(Source):
     def load(self, rank: int, n: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Give what rank of n ranks holds of each weight, contiguous, by the weight's name.
 
-        Before the first, what is going to be read is checked by the manifest. Raises ValueError
-        for damage, and for an n into which the model does not cut.
+        Each part is checked by the manifest before the first is given: by this rank or, where
+        shards are cut, by another of its machine. Raises ValueError for damage, and for an n into
+        which the model does not cut.
         """
-        # With a manifest the cut is ours, so that rank r of n reads shard r of n alone.
+        # A manifest means that we wrote the folder, so that rank r of n reads shard r of n alone.
         to_check = [(rank, name) for name in self.shapes]
         if self.n != n:
             check_shard_count(self.args, n, f"{self.dir}: with {n} ranks running, it")
@@ -183,7 +184,7 @@ class Checkpoint(Source):
             f"{shown(str(expected[part]), 12)}{hint}; copy the file again"
         )
 
-    def check(self, name: str, sha256: str) -> None:
+    def check_sha256(self, name: str, sha256: str) -> None:
         """Raise ValueError if this is not the SHA-256 of the whole weight by the manifest.
 
         The message names the damaged file.
@@ -202,10 +203,11 @@ class Checkpoint(Source):
         One that was removed, or replaced under its name, is still mapped as it was.
         """
         for path, before in zip(self.paths, self._stats):
-            now = path.stat() if path.exists() else before
-            if os.path.samestat(before, now) and (
-                (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns)
-            ):
+            if not path.exists():
+                continue
+            now = path.stat()
+            touched = (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns)
+            if os.path.samestat(before, now) and touched:
                 raise ValueError(
                     f"{path}: written into while it was in use, so what came out is not to be "
                     "trusted; copy it again, and run again"
@@ -227,7 +229,7 @@ class Checkpoint(Source):
         if faults:
             raise ValueError(first_few(faults, "; ", longest=1000))
         for name, sha256 in hashes.items():
-            self.check(name, sha256)
+            self.check_sha256(name, sha256)
         return hashes
 
     def _verify(self, name: str) -> tuple[str, list[str]]:
@@ -350,4 +352,5 @@ def shard_name(i: int, prefix: str = "fs_consolidated") -> str:
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
     """The weights of one .pth file, mapped into memory; no code in the file can run."""
     found = load_plain(path).items()
+    # detach() makes a plain tensor of a Parameter.
     return {name: weight.detach() for name, weight in found if not name.endswith(SURPLUS)}

@@ -34,7 +34,8 @@ from llama.model import ModelArgs, rope_frequencies
 # GGUF's types of a value; those of numbers with struct's letter for them.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 FLOAT32, STRING, ARRAY = 6, 8, 9
-# Empty strings cost a sparse file nothing but us memory. The largest vocabularies have 300,000.
+# An empty string takes 8 bytes, which a sparse file has for nothing, but costs us an object. The
+# largest vocabularies have 300,000.
 MAX_STRINGS = 1 << 22
 
 ROPE_FACTORS = "rope_freqs.weight"

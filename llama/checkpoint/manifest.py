@@ -45,10 +45,10 @@ class Manifest:
             return None
         content = read_json(path, LONGEST)
         known = content.pop("format", None)
-        if known == 1:
+        if known != FORMAT:
             raise ValueError(
-                f"{path}: format 1, of an earlier version of this program; remove the file, and "
-                "cut the folder anew with split_model.py to have one again"
+                f"{path}: format {reprlib.repr(known)}, but this program knows {FORMAT}; remove "
+                "the file, and cut the folder anew with split_model.py to have one again"
             )
         fits = (
             _has(content, {"params": dict, "weights": dict, "shards": dict, "files": dict})
@@ -56,10 +56,10 @@ class Manifest:
             and all(_has(file, FILE) for file in content["files"].values())
             and all(type(size) is int for size in content["shards"].values())
         )
-        if known != FORMAT or not fits:
+        if not fits:
             raise ValueError(
-                f"{path}: unreadable (format {reprlib.repr(known)}, but this program knows "
-                f"{FORMAT}, or not as it writes it); without it the folder can be used unverified"
+                f"{path}: unreadable: an entry is missing, unknown or of another type; without "
+                "the file the folder can be used unverified"
             )
         return cls(**content)
 

@@ -49,7 +49,7 @@ def read_sizes(form: str, config: dict) -> dict:
     usual = params | {"multiple_of": 256}  # as in Meta's own files
     if ModelArgs(**usual).hidden_dim == hidden_dim:
         return usual
-    # Meta's formula rounds up to a multiple, which makes good what the product loses.
+    # Meta's formula truncates a product, then rounds up to multiple_of: that gives hidden_dim back.
     factor = hidden_dim / int(2 * 4 * params["dim"] / 3)
     return params | {"multiple_of": hidden_dim, "ffn_dim_multiplier": factor}
 
@@ -121,5 +121,5 @@ def check_values(config: dict, accepted: dict[str, tuple]) -> None:
     for key, values in accepted.items():
         found = config.get(key)
         if isinstance(found, np.ndarray) or found not in values:
-            wanted = " or ".join(map(repr, values))
+            wanted = " or ".join("no entry" if x is None else repr(x) for x in values)
             raise ValueError(f"{key} is {reprlib.repr(found)}; only {wanted} can be converted")

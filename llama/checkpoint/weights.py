@@ -25,24 +25,17 @@ class Kind:
     gguf: str
     shape: tuple[str, ...]  # (out_features, in_features), by the names of sizes in ModelArgs
     cut: int | None  # the dimension that shards cut; None: every shard holds the whole
-    in_layers: bool = True
+    once: bool = False  # in the model, not in each layer
     rotary: bool = False  # rows are rotary pairs, which Hugging Face orders otherwise
 
     def pattern(self, form: str) -> str:
         """The full name in a format ("meta", "hf" or "gguf"), N for the number of the layer."""
-        return f"{LAYER[form] if self.in_layers else ''}{getattr(self, form)}.weight"
+        return f"{'' if self.once else LAYER[form]}{getattr(self, form)}.weight"
 
 
 LAYER = {"meta": "layers.N.", "hf": "model.layers.N.", "gguf": "blk.N."}
 KINDS = (  # in the order in which shards hold them, those of each layer together
-    Kind(
-        "tok_embeddings",
-        "model.embed_tokens",
-        "token_embd",
-        ("vocab_size", "dim"),
-        1,
-        in_layers=False,
-    ),
+    Kind("tok_embeddings", "model.embed_tokens", "token_embd", ("vocab_size", "dim"), 1, once=True),
     Kind("attention.wq", "self_attn.q_proj", "attn_q", ("q_dim", "dim"), 0, rotary=True),
     Kind("attention.wk", "self_attn.k_proj", "attn_k", ("kv_dim", "dim"), 0, rotary=True),
     Kind("attention.wv", "self_attn.v_proj", "attn_v", ("kv_dim", "dim"), 0),
@@ -52,8 +45,8 @@ KINDS = (  # in the order in which shards hold them, those of each layer togethe
     Kind("feed_forward.w3", "mlp.up_proj", "ffn_up", ("hidden_dim", "dim"), 0),
     Kind("attention_norm", "input_layernorm", "attn_norm", ("dim",), None),
     Kind("ffn_norm", "post_attention_layernorm", "ffn_norm", ("dim",), None),
-    Kind("norm", "model.norm", "output_norm", ("dim",), None, in_layers=False),
-    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, in_layers=False),
+    Kind("norm", "model.norm", "output_norm", ("dim",), None, once=True),
+    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, once=True),
 )
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
@@ -87,9 +80,9 @@ def meta_names(form: str, found: Iterable[str]) -> dict[str, str]:
 def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Shape of every weight of a model, by Meta's names, in the order in which shards hold them."""
     shapes = {}
-    for in_layers, group in itertools.groupby(KINDS, key=lambda kind: kind.in_layers):
+    for once, group in itertools.groupby(KINDS, key=lambda kind: kind.once):
         kinds = list(group)
-        for i in range(args.n_layers if in_layers else 1):
+        for i in range(1 if once else args.n_layers):
             for kind in kinds:
                 name = kind.pattern("meta").replace("N", str(i))
                 shapes[name] = tuple(getattr(args, size) for size in kind.shape)
@@ -119,7 +112,7 @@ def check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int,
 class Cut:
     """How one weight lies in n shards: in parts along dim; shard r holds part r * parts // n."""
 
-    dim: int  # 0 where the one part is the whole
+    dim: int  # the dimension that is cut; 0 for a weight of which every shard holds the whole
     parts: int
     n: int
 
@@ -139,7 +132,7 @@ def cut_of(name: str, args: ModelArgs, n: int) -> Cut:
     kind = kind_of(name)
     if kind.cut is None:
         return Cut(0, 1, n)
-    parts = min(n, args.n_kv_heads) if kind.shape[kind.cut] == "kv_dim" else n
+    parts = args.kv_parts(n) if kind.shape[kind.cut] == "kv_dim" else n
     return Cut(kind.cut, parts, n)
 
 
@@ -209,5 +202,5 @@ class Source:
         start = cut.part_in(rank) * size
         return self.read(name, cut.dim, start, start + size).contiguous()
 
-    def check(self, name: str, sha256: str) -> None:
+    def check_sha256(self, name: str, sha256: str) -> None:
         """Raise ValueError if this is not the whole weight's SHA-256. By default none is known."""

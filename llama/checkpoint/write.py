@@ -61,7 +61,7 @@ def _write_shards(
         hash_threads() as pool,
     ):
         work = functools.partial(_write_weight, source, shards=shards, dtype=dtype)
-        # No name for what map gives: when it is dropped, weights not yet begun are left out.
+        # What map gives is not kept: when one weight fails, those not yet begun are left out.
         for name, found in zip(names, pool.map(work, names)):
             hashes[name] = found
             for shard in shards:  # meanwhile the disk writes: little is left for the end
@@ -95,7 +95,7 @@ def _write_weight(
             for i, shard in enumerate(shards):  # KV heads and norms: into several
                 if cut.part_in(i) == part:
                     shard.write(name, first_row * row_bytes, data)
-    source.check(name, (whole if dtype == block.dtype else as_read).hexdigest())
+    source.check_sha256(name, (whole if dtype == block.dtype else as_read).hexdigest())
     of_parts = [part.hexdigest() for part in parts] or [whole.hexdigest()]
     return {"sha256": whole.hexdigest(), "parts": of_parts}
 

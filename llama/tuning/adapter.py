@@ -43,7 +43,7 @@ def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
         raise ValueError(f"{found}: its numbers are {prompt.dtype}, which no tuning writes")
     prompt = prompt.float()
     if not prompt.isfinite().all():
-        raise ValueError(f"{found}: holds values that are no numbers; its training failed")
+        raise ValueError(f"{found}: holds NaN or infinite values; its training failed")
     return prompt
 
 
@@ -90,7 +90,7 @@ def warn_of_another_model(path: str | Path, transformer: Transformer) -> None:
     before, now = read_json(base), base_model_facts(transformer)
     if before.get("dtype") != now["dtype"]:  # a model in another dtype is still the same model
         del now["dtype"], now["norms_sha256"]
-    known = {key: value for key, value in now.items() if key in before}  # to who wrote it
+    known = {key: value for key, value in now.items() if key in before}  # older ones have fewer
     if changed := differing(before, known):
         cli.say(f"{path}: was trained on another model (it differs in {changed})")
 

@@ -26,7 +26,7 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
     def __init__(self, transformer: Transformer, name_or_path: str = "") -> None:
         super().__init__(hf_config(transformer.args, name_or_path=name_or_path))
         self.transformer = transformer
-        self.gradient_scale = 1.0
+        self.gradient_scale = 1.0  # more in float16: see add_soft_prompt
 
     def forward(
         self,
@@ -39,9 +39,9 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
     ) -> CausalLMOutput:
         """Return the mean loss of labelled tokens, or without labels the logits.
 
-        num_items_in_batch, which the Trainer gives, replaces the number
-        of labelled tokens as what the sum is divided by. All ranks return the same loss.
-        Shapes: inputs and labels (bsz, seqlen), logits (bsz, seqlen, vocab_size).
+        num_items_in_batch, which the Trainer gives, replaces the number of labelled tokens as what
+        the sum is divided by. All ranks return the same loss. Shapes: inputs and labels
+        (bsz, seqlen), logits (bsz, seqlen, vocab_size).
         """
         h = self.transformer.hidden_states(input_ids, inputs_embeds, attention_mask)
         if labels is None:
@@ -78,7 +78,8 @@ def add_soft_prompt(
     prompt.data.copy_(transformer.tok_embeddings(torch.tensor([repeated], device=norm.device))[0])
     if norm.dtype == torch.float16:
         # float16 has no room for small gradients: they pass through the model enlarged.
-        model.get_base_model().gradient_scale = scale = 1024.0
+        scale = 1024.0
+        model.get_base_model().gradient_scale = scale
         prompt.register_hook(lambda gradient: gradient / scale)
     if parallel.world_size() > 1:
         # All ranks have the same gradient; where their cards round apart, rank 0's holds.

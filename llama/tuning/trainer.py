@@ -49,6 +49,7 @@ def training_arguments(
     """Make the Trainer's arguments from our options."""
     batches = math.ceil(n_rows / options.batch_size)
     steps_an_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    # Counted here, for the bar and the schedule need it: num_train_epochs rounds otherwise.
     steps = max(1, math.ceil(options.num_epochs * steps_an_epoch))
     return transformers.TrainingArguments(
         output_dir=options.output_dir,
@@ -99,12 +100,12 @@ class PromptTrainer(transformers.Trainer):
                 f"the Trainer took {self.args.device} of {self.args.n_gpu} cards, not "
                 f"{prompt.device}: CUDA was in use before llama.parallel.setup()"
             )
-        self.must_stay = {
+        self.run_facts = {
             **base_model_facts(model.get_base_model().transformer),
             **options.must_stay(),
             "dataset_sha256": hash_of(Path(options.dataset_path)),
         }
-        if any(facts != self.must_stay for facts in parallel.gather_objects(self.must_stay)):
+        if any(facts != self.run_facts for facts in parallel.gather_objects(self.run_facts)):
             raise ValueError(
                 "the ranks read different models or datasets; give all machines the same files"
             )
@@ -115,7 +116,7 @@ class PromptTrainer(transformers.Trainer):
         Raises ValueError for a checkpoint of another model, dataset or other options.
         """
         if checkpoint is not None:
-            if changed := differing(read_json(checkpoint / RUN), self.must_stay):
+            if changed := differing(read_json(checkpoint / RUN), self.run_facts):
                 raise ValueError(
                     f"{checkpoint}: begun with another model, dataset or options ({changed}); give "
                     f"those in its {RUN}, or begin anew in another folder"
@@ -123,9 +124,9 @@ class PromptTrainer(transformers.Trainer):
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
         with tqdm(total=steps, initial=done, unit="step", disable=not cli.show_bars()) as bar:
-            self.add_callback(Watch(soft_prompt_of(self.model), bar))
+            self.add_callback(Progress(soft_prompt_of(self.model), bar))
             if done < steps:
-                self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
                 self._load_from_checkpoint(str(checkpoint))
             evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
@@ -151,8 +152,8 @@ class PromptTrainer(transformers.Trainer):
                 self._save_optimizer(partial / OPTIMIZER)
                 self.state.save_to_json(str(partial / STATE))
                 files = {"step": step, "files": _hashes_of(partial)}
-                write_json(partial / RUN, self.must_stay | files)
-        dist.barrier()
+                write_json(partial / RUN, self.run_facts | files)
+        dist.barrier()  # or the others could be steps ahead of a rank 0 that then cannot write
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         """Take the prompt of a checkpoint. The Trainer calls this."""
@@ -185,6 +186,7 @@ class PromptTrainer(transformers.Trainer):
             raise ValueError(f"{Path(checkpoint) / OPTIMIZER}: not of step {step}")
         of_prompt = {name.removeprefix("0."): found[name] for name in expected}
         self.optimizer.load_state_dict(state | {"state": {0: of_prompt}})
+        # The schedule is not stored: from the step before, one step of it sets this step's rate.
         before = {"last_epoch": step - 1, "_step_count": step}
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | before)
         self.lr_scheduler.step()
@@ -230,21 +232,21 @@ def _is_state(found: dict, step: int) -> bool:
     )
 
 
-class Watch(transformers.TrainerCallback):
-    """Show on stderr how far a run is; end it if its prompt holds no numbers any more."""
+class Progress(transformers.TrainerCallback):
+    """Show on stderr how far a run is; end it if its prompt becomes NaN or infinite."""
 
     def __init__(self, prompt: torch.nn.Parameter, bar: tqdm) -> None:
         self.prompt, self.bar = prompt, bar
 
     def on_train_begin(self, args, state, control, **_: object) -> None:
-        # A resumed state holds how often the run before it was to log, evaluate and save.
+        # The state of a resumed run holds how often it logged, evaluated and saved: not this one's.
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **_: object) -> None:
         self.bar.update()
         if not self.prompt.isfinite().all():
             raise ValueError(
-                f"step {state.global_step}: the prompt holds no numbers any more; lower --lr, "
+                f"step {state.global_step}: the prompt has become NaN or infinite; lower --lr, "
                 "take --dtype bfloat16 or float32, or check the model: split_model.py --verify"
             )
 
