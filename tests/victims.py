@@ -43,7 +43,7 @@ from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.weights import Source
 from llama.checkpoint.write import write_checkpoint
-from llama.files import hash_of, sha256_of
+from llama.files import sha256_of
 from llama.generation import load_model
 from llama.options import GenerationOptions
 from llama.prompts import SEPARATOR, read_prompts
@@ -185,7 +185,8 @@ def read_folder(folder: Path) -> object:
 def read_verified(folder: Path) -> object:
     ckpt = Checkpoint(folder)
     assert ckpt.verify().keys() == ckpt.shapes.keys()
-    return use(ckpt), [hash_of(folder / name) for name in sorted(ckpt.files)]
+    tokenizer = all((folder / name).read_bytes() == TIKTOKEN for name in ckpt.files)
+    return use(ckpt), tokenizer  # which may be absent, but not another
 
 
 def read_foreign(folder: Path) -> object:
