@@ -171,7 +171,7 @@ def test_sentencepiece_flags(tmp_path, sentencepiece_meta):
 
 
 BAD_BYTE_LEVEL = {
-    "model": ({"model": "bert"}, "model is 'bert'; only no entry or 'no_vocab' or 'llama' or 'gpt2'"),
+    "model": ({"model": "bert"}, "model is 'bert'; only no entry or 'no_vocab' or 'llama'"),
     "pre": ({"pre": "deepseek-llm"}, "pre is 'deepseek-llm'; only 'llama-bpe' or"),
     "no tokens": ({"tokens": None}, "tokens is None; expected list"),
     "tokens are numbers": ({"tokens": np.arange(320)}, "tokens is array"),
