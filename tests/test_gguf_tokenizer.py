@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 
 import numpy as np
 import pytest
@@ -146,9 +145,7 @@ def mixed_text(chance: random.Random) -> str:
 
 def test_sentencepiece_ids_and_text_equal_the_original_files(tmp_path, sentencepiece_meta):
     write_gguf(tmp_path / "m.gguf", Kind.F16, True, sentencepiece_meta, vocab_size=32000)
-    started = time.perf_counter()
     tokenizer = tokenizer_in(tmp_path, meta_of(tmp_path / "m.gguf"))
-    assert time.perf_counter() - started < 3
     original = Tokenizer(SENTENCEPIECE)
     for name in ("n_words", "bos_id", "eos_id", "pad_id", "stop_ids"):
         assert getattr(tokenizer, name) == getattr(original, name)
