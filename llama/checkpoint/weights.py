@@ -1,5 +1,6 @@
 """The table of weights: names in every format, shapes, cuts; and what every format is read as."""
 
+import functools
 import itertools
 import math
 import re
@@ -75,6 +76,13 @@ def meta_names(form: str, found: Iterable[str]) -> dict[str, str]:
     if unknown:
         raise ValueError(f"weights that no Llama model in Meta's format has: {first_few(unknown)}")
     return names
+
+
+def name_in(form: str, name: str) -> str:
+    """The name of a weight in a format ("hf" or "gguf"), by Meta's."""
+    layer = _LAYER_NUMBER.search(name)
+    pattern = kind_of(name).pattern(form)
+    return pattern.replace("N", layer[0]) if layer else pattern
 
 
 def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -189,11 +197,20 @@ class Source:
         """Rows (dim 0) or columns (dim 1) start to stop of a weight; by default all of it."""
         raise NotImplementedError
 
-    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read a weight some rows at a time: each block with the number of its first row."""
-        rows = self.shapes[name][0]
-        for start in range(0, rows, BLOCK_ROWS):
-            yield start, self.read(name, 0, start, min(start + BLOCK_ROWS, rows))
+    def blocks(self, name: str, multiple: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
+        """Read a weight some rows at a time: each block with the number of its first row.
+
+        The rows of a block are a multiple of what is given, but for the last.
+        """
+        rows, size = self.shapes[name][0], -(-BLOCK_ROWS // multiple) * multiple
+        for start in range(0, rows, size):
+            yield start, self.read(name, 0, start, min(start + size, rows))
+
+    @functools.cached_property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        pairs = zip(self.blocks(EMBEDDING), self.blocks(OUTPUT))
+        return all(torch.equal(rows, others) for (_, rows), (_, others) in pairs)
 
     def part(self, name: str, rank: int, n: int) -> torch.Tensor:
         """What rank of n ranks holds of the weight, contiguous."""

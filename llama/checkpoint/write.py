@@ -1,11 +1,9 @@
 """Write a checkpoint as any number of shards, whole or not at all; say beforehand what it takes."""
 
-import contextlib
 import functools
 import hashlib
 import math
 import os
-import shutil
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -13,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.folder import Checkpoint, hash_threads, shard_name
+from llama.checkpoint.folder import Checkpoint, shard_name
+from llama.checkpoint.laid_out import LaidOutFile, check_space, write_weights
 from llama.checkpoint.manifest import Manifest, describe_file, describe_weights
 from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
-from llama.cli import byte_bar, counted
+from llama.cli import counted
 from llama.files import bytes_of, naming_refusals, new_folder, write_json
 
 
@@ -48,30 +47,14 @@ def write_checkpoint(
 def _write_shards(
     source: Source, folder: Path, n: int, dtype: torch.dtype
 ) -> dict[str, dict[str, str | list[str]]]:
-    """Write all weights into n shards; what the manifest then says of the hashes of each.
-
-    As many weights at a time as torch has threads, the largest first.
-    """
-    size = {name: math.prod(shape) for name, shape in source.shapes.items()}
-    names = sorted(size, key=size.get, reverse=True)
-    hashes = {}
-    with (
-        _lay_out(source, folder, n, dtype) as shards,
-        byte_bar(sum(size.values()) * dtype.itemsize) as bar,
-        hash_threads() as pool,
-    ):
-        work = functools.partial(_write_weight, source, shards=shards, dtype=dtype)
-        # What map gives is not kept: when one weight fails, those not yet begun are left out.
-        for name, found in zip(names, pool.map(work, names)):
-            hashes[name] = found
-            for shard in shards:  # meanwhile the disk writes: little is left for the end
-                shard.flush()
-            bar.update(size[name] * dtype.itemsize)
-    return hashes
+    """Write all weights into n shards; what the manifest then says of the hashes of each."""
+    shards = _lay_out(source, folder, n, dtype)
+    write = functools.partial(_write_weight, source, shards=shards, dtype=dtype)
+    return write_weights(source, shards, list(source.shapes), write)
 
 
 def _write_weight(
-    source: Source, name: str, shards: list["_ShardFile"], dtype: torch.dtype
+    source: Source, name: str, shards: list[LaidOutFile], dtype: torch.dtype
 ) -> dict[str, str | list[str]]:
     """Write one weight into all shards; the SHA-256 of the whole, and of each of its parts.
 
@@ -114,28 +97,6 @@ def _by_part(
         yield part, first - part * height, block[first - start : last - start]
 
 
-class _ShardFile:
-    """A shard that is laid out on disk, to be filled in place."""
-
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDWR)
-        self.offsets = {name: start for name, (start, _) in zip(names, tensor_ranges(path))}
-
-    def write(self, name: str, at: int, data: memoryview) -> None:
-        """Put bytes at a place within the bytes of a weight."""
-        place = self.offsets[name] + at
-        while data:
-            with naming_refusals(self.path):
-                written = os.pwrite(self.descriptor, data, place)
-            data, place = data[written:], place + written
-
-    def flush(self) -> None:
-        """Return when what was written is on the disk."""
-        with naming_refusals(self.path):
-            os.fdatasync(self.descriptor)
-
-
 def tensor_ranges(path: Path) -> list[tuple[int, int]]:
     """Where each tensor's bytes begin and end in a shard file, in the order of their numbers.
 
@@ -153,31 +114,22 @@ def tensor_ranges(path: Path) -> list[tuple[int, int]]:
     return [ranges[number] for number in sorted(ranges)]
 
 
-@contextlib.contextmanager
-def _lay_out(
-    source: Source, folder: Path, n: int, dtype: torch.dtype
-) -> Iterator[list[_ShardFile]]:
+def _lay_out(source: Source, folder: Path, n: int, dtype: torch.dtype) -> list[LaidOutFile]:
     """Make n shard files with their disk space taken, to be filled."""
     shapes = {
         name: cut_of(name, source.args, n).shape(shape) for name, shape in source.shapes.items()
     }
-    needed = n * sum(map(math.prod, shapes.values())) * dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{folder.parent}: {needed:,} bytes needed, but only {free:,} are free")
-    shards: list[_ShardFile] = []
-    with contextlib.ExitStack() as stack:
-        for i in range(n):
-            path = folder / shard_name(i)
-            # Never touched, so these take address space but no memory.
-            empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-            with naming_refusals(path), torch.serialization.skip_data():
-                torch.save(empty, str(path))
-            shards.append(_ShardFile(path, list(shapes)))
-            stack.callback(os.close, shards[-1].descriptor)
-            with naming_refusals(path):
-                os.posix_fallocate(shards[-1].descriptor, 0, path.stat().st_size)
-        yield shards
+    check_space(folder, n * sum(map(math.prod, shapes.values())) * dtype.itemsize)
+    shards = []
+    for i in range(n):
+        path = folder / shard_name(i)
+        # Never touched, so these take address space but no memory.
+        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        with naming_refusals(path), torch.serialization.skip_data():
+            torch.save(empty, str(path))
+        offsets = {name: start for name, (start, _) in zip(shapes, tensor_ranges(path))}
+        shards.append(LaidOutFile(path, offsets, path.stat().st_size))
+    return shards
 
 
 def plan(
