@@ -1,13 +1,17 @@
-"""Read a Hugging Face folder of a Llama model: config.json and safetensors."""
+"""Read and write Hugging Face folders of a Llama model: config.json and safetensors."""
 
 import functools
+import json
+import math
 import reprlib
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llama.checkpoint.laid_out import LaidOutFile, check_space, checked_blocks, write_weights
 from llama.checkpoint.params import (
     ROPE_SCALING,
     check_values,
@@ -24,16 +28,19 @@ from llama.checkpoint.weights import (
     check_shapes,
     kind_of,
     meta_names,
+    name_in,
     tokenizer_in,
 )
 from llama.cli import first_few
-from llama.files import naming, read_json
+from llama.files import bytes_of, naming, naming_refusals, read_json, write_json
 from llama.model import ModelArgs
+from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import transformers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LONGEST_FILE = 5_000_000_000  # bytes of weights, as transformers has it
 # A buffer that old exports saved with the weights; it follows from the configuration.
 RECOMPUTED = "rotary_emb.inv_freq"
 # safetensors' names of the types that a checkpoint may hold.
@@ -93,6 +100,12 @@ def unpermute(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """
     halves = weight.unflatten(0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
+
+
+def permute(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of whole heads from Meta's rotary order to Hugging Face's: the inverse of unpermute."""
+    pairs = weight.unflatten(0, (-1, head_dim // 2, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def hf_config(args: ModelArgs, **options: object) -> "transformers.LlamaConfig":
@@ -166,3 +179,77 @@ def _weight_files(folder: Path) -> list[Path]:
     if wrong := sorted(found.symmetric_difference(names)):
         raise ValueError(f"{folder}: {first_few(wrong)} missing or of another set; download again")
     return [folder / name for name in names]
+
+
+def write_hf(source: Source, folder: Path, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    """Write a model into a folder: config.json, generation_config.json and safetensors files.
+
+    tokenizer: whose ids the configurations name. Weights are streamed, a few rows at a time.
+    """
+    args = source.args
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    config |= config_of(args) | {"tie_word_embeddings": source.tied}
+    config |= {"dtype": str(dtype).removeprefix("torch."), "attention_bias": False}
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        stop_ids = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+        eos = [tokenizer.eos_id, *stop_ids] if stop_ids else tokenizer.eos_id
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
+        ids |= {"pad_token_id": tokenizer.pad_id}
+        config |= ids
+        write_json(folder / "generation_config.json", ids)
+    write_json(folder / CONFIG, config)
+    names = [name for name in source.shapes if not (source.tied and name == OUTPUT)]
+    files = _lay_out(source, folder, dtype, names)
+
+    def write(name: str) -> None:
+        file = next(file for file in files if name in file.offsets)
+        rotary, done = kind_of(name).rotary, 0
+        for _, block in checked_blocks(source, name, args.head_dim if rotary else 1):
+            data = bytes_of((permute(block, args.head_dim) if rotary else block).to(dtype))
+            file.write(name, done, data)
+            done += len(data)
+
+    write_weights(source, files, names, write)
+
+
+def _lay_out(
+    source: Source, folder: Path, dtype: torch.dtype, names: list[str]
+) -> list[LaidOutFile]:
+    """Write the headers of the safetensors files, each of at most LONGEST_FILE bytes of weights.
+
+    The format: https://github.com/huggingface/safetensors, "Format". The library itself writes
+    only what is in memory as a whole.
+    """
+    size = {name: math.prod(source.shapes[name]) * dtype.itemsize for name in names}
+    check_space(folder, sum(size.values()))
+    groups: list[list[str]] = [[]]
+    for name in names:
+        if groups[-1] and sum(size[x] for x in [*groups[-1], name]) > LONGEST_FILE:
+            groups.append([])
+        groups[-1].append(name)
+    files, index = [], {}
+    for i, group in enumerate(groups, 1):
+        path = folder / WEIGHTS
+        if len(groups) > 1:
+            path = folder / f"model-{i:05}-of-{len(groups):05}.safetensors"
+        end, entries = 0, {}
+        for name in group:
+            begin, end = end, end + size[name]
+            entries[name_in("hf", name)] = {
+                "dtype": next(key for key, value in DTYPES.items() if value == dtype),
+                "shape": source.shapes[name],
+                "data_offsets": [begin, end],
+            }
+        header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+        header += b" " * (-len(header) % 8)
+        with naming_refusals(path):
+            path.write_bytes(struct.pack("<Q", len(header)) + header)
+        data = 8 + len(header)
+        offsets = {name: data + entries[name_in("hf", name)]["data_offsets"][0] for name in group}
+        files.append(LaidOutFile(path, offsets, data + end))
+        index |= {name_in("hf", name): path.name for name in group}
+    if len(groups) > 1:
+        total = {"total_size": sum(size.values())}
+        write_json(folder / f"{WEIGHTS}.index.json", {"metadata": total, "weight_map": index})
+    return files
