@@ -1,10 +1,11 @@
-"""Read a GGUF file of a Llama model.
+"""Read and write GGUF files of a Llama model.
 
 The header is read here and not by the gguf library's GGUFReader: that one takes 6.2 s and 158 MB
 for SmolLM2's file (49,152 tokens), this one 0.24 s and 9 MB; and it trusts the counts in the file.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import dataclasses
 import functools
 import math
 import struct
@@ -14,11 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.quants import dequantize, quantize
 
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
-from llama.checkpoint.params import check_values, read_rope, read_sizes, rope_of
+from llama.checkpoint.laid_out import (
+    LaidOutFile,
+    check_space,
+    checked_blocks,
+    in_dtype,
+    write_weights,
+)
+from llama.checkpoint.params import check_values, read_rope, read_sizes, rope_of, sizes_of
 from llama.checkpoint.weights import (
     EMBEDDING,
     OUTPUT,
@@ -26,9 +34,10 @@ from llama.checkpoint.weights import (
     check_layers,
     check_shapes,
     meta_names,
+    name_in,
     weight_shapes,
 )
-from llama.files import naming
+from llama.files import naming, naming_refusals
 from llama.model import ModelArgs, rope_frequencies
 
 # GGUF's types of a value; those of numbers with struct's letter for them.
@@ -38,7 +47,15 @@ FLOAT32, STRING, ARRAY = 6, 8, 9
 # largest vocabularies have 300,000.
 MAX_STRINGS = 1 << 22
 
+ALIGNMENT = 32  # of the tensors in a file, where it does not say otherwise
 ROPE_FACTORS = "rope_freqs.weight"
+# What weights can be written as: matrices so, norms as float32; and the name of all that.
+WRITTEN = {
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
 LLAMA3_ROPE = {  # numbers behind the factors: the first is llama.cpp's own, the others it ignores
     "original_max_position_embeddings": "llama.rope.scaling.original_context_length",
     "low_freq_factor": "llama.rope.scaling.low_freq_factor",
@@ -180,7 +197,7 @@ def read_header(data: memoryview) -> tuple[dict, dict[str, Tensor]]:
         _add_once(meta, cursor.string(), cursor.value())
     for _ in range(n_tensors):
         _add_once(infos, cursor.string(), cursor.tensor_info())
-    alignment = meta.get("general.alignment", 32)
+    alignment = meta.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
     start = -(-cursor.at // alignment) * alignment
@@ -256,3 +273,108 @@ def _with_scaled_rope(params: dict, meta: dict, factors: torch.Tensor) -> dict:
         if torch.allclose(factors.float(), expected, rtol=1e-3):
             return scaled
     raise ValueError(f"{ROPE_FACTORS}: only Llama 3's scaling can be converted, not this one")
+
+
+def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict, exact: bool) -> None:
+    """Write a model as a GGUF file, in a dtype of WRITTEN, norms always as float32.
+
+    vocabulary: the metadata of the tokenizer and whatever else is to go in. exact: keep the
+    embeddings in float16 where the rest is quantised. Weights are streamed, a few rows at a time.
+    Raises ValueError for what GGUF or the dtype cannot express.
+    """
+    kind, file_type = WRITTEN[dtype]
+    names = [name for name in source.shapes if not (source.tied and name == OUTPUT)]
+    kinds = {
+        name: GGMLQuantizationType.F32 if len(source.shapes[name]) == 1 else kind for name in names
+    }
+    if exact and dtype == "q8_0":
+        kinds[EMBEDDING] = GGMLQuantizationType.F16
+    size = {name: _size_as(name, source.shapes[name], kinds[name]) for name in names}
+    check_space(path.parent, sum(size.values()))
+    factors = _rope_factors(source.args)
+
+    writer = GGUFWriter(path, "llama")
+    meta = {"general.file_type": int(file_type), "general.quantization_version": 2}
+    for key, value in (meta | _meta_of(source.args) | vocabulary).items():
+        _add_field(writer, key, value)
+    for name in names:
+        shape, raw = source.shapes[name], np.dtype(np.float32)
+        writer.add_tensor_info(name_in("gguf", name), shape, raw, size[name], kinds[name])
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    with naming_refusals(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        end = writer.fout[0].tell()
+        writer.close()
+
+    offsets = {}
+    for name in names:
+        offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offsets[name] + size[name]
+    if factors is not None:
+        offsets[ROPE_FACTORS] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offsets[ROPE_FACTORS] + factors.nbytes
+    file = LaidOutFile(path, offsets, -(-end // ALIGNMENT) * ALIGNMENT)
+
+    def write(name: str) -> None:
+        done = 0
+        for block in checked_blocks(source, name):
+            data = memoryview(_packed(block, kinds[name], name)).cast("B")
+            file.write(name, done, data)
+            done += len(data)
+
+    write_weights(source, [file], names, write)
+    if factors is not None:
+        with file:
+            file.write(ROPE_FACTORS, 0, memoryview(factors).cast("B"))
+
+
+def _meta_of(args: ModelArgs) -> dict:
+    """What llama.cpp reads of a model's shape."""
+    meta = sizes_of("gguf", args) | {"llama.attention.value_length": args.head_dim}
+    meta |= {"llama.rope.dimension_count": args.head_dim}
+    rope = rope_of(args)
+    if rope["rope_type"] == "linear":
+        linear = {"type": "linear", "factor": float(args.rope_linear_factor)}
+        meta |= {f"llama.rope.scaling.{key}": value for key, value in linear.items()}
+    if rope["rope_type"] == "llama3":
+        meta |= {there: rope[name] for name, there in LLAMA3_ROPE.items()}
+    return meta
+
+
+def _rope_factors(args: ModelArgs) -> np.ndarray | None:
+    """The divisors of the rotary frequencies by which GGUF says Llama 3.1's scaling."""
+    if not args.use_scaled_rope:
+        return None
+    plain = dataclasses.replace(args, use_scaled_rope=False)
+    return (rope_frequencies(plain) / rope_frequencies(args)).numpy()
+
+
+def _add_field(writer: GGUFWriter, key: str, value: object) -> None:
+    """Add metadata; whole numbers as uint32, as llama.cpp wants them."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    whole = type(value) is int
+    writer.add_key_value(
+        key, value, GGUFValueType.UINT32 if whole else GGUFValueType.get_type(value)
+    )
+
+
+def _size_as(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    """Bytes of a weight as a type; ValueError where its rows do not divide into blocks."""
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    if shape[-1] % per_block:
+        raise ValueError(
+            f"{name} has rows of {shape[-1]} numbers, which {kind.name} cannot hold: they must be "
+            f"a multiple of {per_block}; take another --dtype"
+        )
+    return math.prod(shape) // per_block * block_bytes
+
+
+def _packed(block: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
+    """The bytes of some rows of a weight as a type."""
+    if kind == GGMLQuantizationType.Q8_0:
+        return quantize(block.float().numpy(), kind)
+    dtype = HALF_TYPES.get(kind, torch.float32)
+    return in_dtype(block, dtype, name).contiguous().view(torch.uint8).numpy()

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama.checkpoint.laid_out import LaidOutFile, check_space, checked_blocks, write_weights
+from llama.checkpoint.laid_out import (
+    LaidOutFile,
+    check_space,
+    checked_blocks,
+    in_dtype,
+    write_weights,
+)
 from llama.checkpoint.params import (
     ROPE_SCALING,
     check_values,
@@ -205,8 +211,9 @@ def write_hf(source: Source, folder: Path, dtype: torch.dtype, tokenizer: Tokeni
     def write(name: str) -> None:
         file = next(file for file in files if name in file.offsets)
         rotary, done = kind_of(name).rotary, 0
-        for _, block in checked_blocks(source, name, args.head_dim if rotary else 1):
-            data = bytes_of((permute(block, args.head_dim) if rotary else block).to(dtype))
+        for block in checked_blocks(source, name, args.head_dim if rotary else 1):
+            rows = permute(block, args.head_dim) if rotary else block
+            data = bytes_of(in_dtype(rows, dtype, name))
             file.write(name, done, data)
             done += len(data)
 

@@ -81,15 +81,22 @@ def write_weights(
     return found
 
 
-def checked_blocks(
-    source: Source, name: str, multiple: int = 1
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Read a weight in blocks of a multiple of so many rows; each with its first row's number.
+def checked_blocks(source: Source, name: str, multiple: int = 1) -> Iterator[torch.Tensor]:
+    """Read a weight in blocks of a multiple of so many rows.
 
     In the end the source is asked whether what was read is what it should hold: ValueError if not.
     """
     total = hashlib.sha256()
-    for start, block in source.blocks(name, multiple):
+    for _, block in source.blocks(name, multiple):
         total.update(bytes_of(block))
-        yield start, block
+        yield block
     source.check_sha256(name, total.hexdigest())
+
+
+def in_dtype(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Convert a block of a weight; ValueError for numbers that only a wider dtype can hold."""
+    converted = block.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(block.dtype).max
+    if narrower and bool((converted.isinf() & block.isfinite()).any()):
+        raise ValueError(f"{name}: holds numbers too large for {dtype}; take --dtype bfloat16")
+    return converted

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.folder import Checkpoint, shard_name
-from llama.checkpoint.laid_out import LaidOutFile, check_space, write_weights
+from llama.checkpoint.laid_out import LaidOutFile, check_space, in_dtype, write_weights
 from llama.checkpoint.manifest import Manifest, describe_file, describe_weights
 from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
 from llama.cli import counted
@@ -67,7 +67,7 @@ def _write_weight(
     # One part is the whole, and not hashed twice.
     parts = [hashlib.sha256() for _ in range(cut.parts)] if cut.parts > 1 else []
     for start, block in source.blocks(name):
-        converted = block.to(dtype)
+        converted = in_dtype(block, dtype, name)
         whole.update(bytes_of(converted))
         if dtype != block.dtype:
             as_read.update(bytes_of(block))
