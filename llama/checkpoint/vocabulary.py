@@ -184,14 +184,16 @@ def _tiktoken(data: bytes) -> Vocabulary:
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What merging by lower ranks alone leaves of a token: the two that are merged last."""
+    """The two parts that merging, the lowest rank first, makes a token of last (more: it cannot).
+
+    Inside a longer word it is made of these two as well: until then no merge reaches out of it.
+    """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        rank = min(pairs)
-        if rank >= ranks[token]:
+        found = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = min(range(len(found)), key=found.__getitem__)
+        if found[i] == len(ranks):
             break
-        i = pairs.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
