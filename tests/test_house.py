@@ -9,7 +9,7 @@ from conftest import REPO, run_script
 # From the ground up: a file imports only files that stand before it, so no way leads back.
 GROUND = ["layers", "parallel", "cli", "options", "files", "model", "tokenizer"]
 CHECKPOINT = ["params", "weights", "manifest", "folder", "write", "hf", "gguf_tokenizer"]
-CHECKPOINT += ["vocabulary", "gguf", "convert"]
+CHECKPOINT += ["tokenizer_words", "vocabulary", "gguf", "convert"]
 GENERATION = ["generation", "prompts"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
