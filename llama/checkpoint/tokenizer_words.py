@@ -127,8 +127,7 @@ def _json(data: bytes) -> Vocabulary:
         words = {"model": "gpt2", "pre": name, "merges": [" ".join(pair) for pair in merges]}
     elif model["byte_fallback"]:
         check_values(model, {"ignore_merges": (None, False)})
-        for rank, pair in enumerate(merges):
-            scores.setdefault("".join(pair), -rank)
+        scores = _scores(merges)
         prefix = _adds_prefix(normal, pre)
         words = {"model": "llama", "pre": "default", "add_space_prefix": prefix}
         unknown = model["unk_token"]
@@ -147,6 +146,18 @@ def _json(data: bytes) -> Vocabulary:
     if unknown is not None:
         tokens[model["vocab"][unknown]] = (unknown, UNKNOWN, 0.0)
     return Vocabulary(tokens, words, unknown, prefix_before_spaces=not (prefix and pre))
+
+
+def _scores(merges: list[list[str]]) -> dict[str, int]:
+    """Scores that bring merges into this order; the same for tokens whose merges are mixed."""
+    last = {"".join(pair): rank for rank, pair in enumerate(merges)}
+    scores, first, end = {}, 0, -1
+    for rank, token in enumerate(map("".join, merges)):
+        if rank > end:  # no token so far has merges from here on
+            first = rank
+        end = max(end, last[token])
+        scores.setdefault(token, -first)
+    return scores
 
 
 def _steps(part: dict | None) -> list[dict]:

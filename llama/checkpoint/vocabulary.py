@@ -34,6 +34,7 @@ PROBES = (
     "<s>", "</s>x", "<unk>", "<|eot_id|>", "x<|im_end|>\n", "<|endoftext|>", "[INST] x [/INST]",
 )
 # fmt: on
+RUNS = [letter * n for letter in " \n\t-=#*_.0a" for n in range(2, 70)]
 TOKENS_A_PROBE = 50
 
 
@@ -129,7 +130,7 @@ def _check_same(original: Tokenizer, rebuilt: Tokenizer, found: Vocabulary) -> N
         there, here = getattr(original, name), getattr(rebuilt, name)
         if there != here:
             raise ValueError(f"its {name} {there} would become {here}")
-    probes = list(PROBES)
+    probes = [*PROBES, *RUNS]
     probes += [f"x {text}y {text} z" for text, kind, _ in found.tokens.values() if kind in ADDED]
     newline = original.encode("\n", bos=False)[-1]
     for start in range(0, original.n_words, TOKENS_A_PROBE):
