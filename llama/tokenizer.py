@@ -73,12 +73,8 @@ class Tokenizer:
             raise ValueError(f"{self.model_path}: is no tokenizer file: it is too long for one")
         data = self.model_path.read_bytes()
         with self._guarded():
-            if re.match(rb"\s*\{", data):
-                self._load_json(data)
-            elif re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data):
-                self._load_tiktoken(data)
-            else:
-                self._load_sentencepiece(data)
+            load = {"json": self._load_json, "tiktoken": self._load_tiktoken}
+            load.get(kind_of(data), self._load_sentencepiece)(data)
 
     def encode(self, s: str, *, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text; the text of a special token inside s is plain text.
@@ -146,16 +142,7 @@ class Tokenizer:
 
     def _load_tiktoken(self, data: bytes) -> None:
         """Llama 3: lines of a base64 token and its rank; 256 special tokens follow the ranks."""
-        ranks: dict[bytes, int] = {}
-        for number, line in enumerate(data.splitlines(), 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise ValueError(f"line {number}: not a base64 token and its rank") from None
-        single_bytes = {bytes([b]) for b in range(256)}
-        if single_bytes - ranks.keys() or sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError("tokens or ranks are missing: is it cut short?")
+        ranks = tiktoken_ranks(data)
         # The special tokens stay outside the library, which would look for them in texts.
         encoding = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={}
@@ -210,6 +197,30 @@ class Tokenizer:
         stop_ids = {rust.token_to_id(name) for name in JSON_STOP_NAMES} & special
         self.stop_ids = frozenset(stop_ids | {self.eos_id})
         self._special_ids = special | {self.bos_id, self.eos_id}
+
+
+def kind_of(data: bytes) -> str:
+    """What a tokenizer file is by its content: "json", "tiktoken", or else "sentencepiece"."""
+    if re.match(rb"\s*\{", data):
+        return "json"
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data):
+        return "tiktoken"
+    return "sentencepiece"
+
+
+def tiktoken_ranks(data: bytes) -> dict[bytes, int]:
+    """The tokens of a tiktoken file with their ranks, 0 and up; ValueError if any is missing."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"line {number}: not a base64 token and its rank") from None
+    single_bytes = {bytes([b]) for b in range(256)}
+    if single_bytes - ranks.keys() or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("tokens or ranks are missing: is it cut short?")
+    return ranks
 
 
 def _check_json(content: dict) -> None:

@@ -68,7 +68,12 @@ def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **cha
     for key, value in fields.items():
         value = value.tolist() if isinstance(value, np.ndarray) else value
         if value is not None:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+            # llama.cpp takes whole numbers without a sign only.
+            count = type(value) is int and value >= 0
+            kind_of_value = (
+                gguf.GGUFValueType.UINT32 if count else gguf.GGUFValueType.get_type(value)
+            )
+            writer.add_key_value(key, value, kind_of_value)
     for name, weight in weights.items():
         if weight is not None and weight.ndim > 1:
             writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)

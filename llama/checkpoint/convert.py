@@ -1,11 +1,20 @@
-"""Open a checkpoint of any format."""
+"""Open a checkpoint of any format, and write it in any."""
 
 from pathlib import Path
 
-from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.gguf import GGUFFile
-from llama.checkpoint.hf import CONFIG, HFFolder
-from llama.checkpoint.weights import Source
+import torch
+
+from llama.checkpoint.baked import BakedSource
+from llama.checkpoint.folder import Checkpoint, hash_threads
+from llama.checkpoint.gguf import GGUFFile, write_gguf
+from llama.checkpoint.gguf_tokenizer import tokenizer_files
+from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
+from llama.checkpoint.vocabulary import vocabulary_of
+from llama.checkpoint.weights import Source, check_shard_count, parse_dtype
+from llama.checkpoint.write import write_checkpoint, write_files
+from llama.cli import byte_bar, say
+from llama.files import new_folder
+from llama.tokenizer import Tokenizer
 
 ACCEPTED = (
     "give a .gguf file, a folder with one, a Hugging Face folder (config.json and safetensors) "
@@ -32,3 +41,70 @@ def open_any(path: str | Path) -> Source:
         found = f"no config.json, no params.json and {len(inside)} .gguf files"
         raise ValueError(f"{path}: {found} in it; {ACCEPTED}")
     return GGUFFile(inside[0])
+
+
+def bake(source: Source, prompt: torch.Tensor) -> BakedSource:
+    """Put a tuned prompt, (num_virtual_tokens, dim), into a model's vocabulary."""
+    return BakedSource(source, prompt, vocabulary_in(source))
+
+
+def vocabulary_in(source: Source) -> dict:
+    """The tokenizer of a model in GGUF's words. Raises ValueError if it has none."""
+    if isinstance(source, BakedSource):
+        return source.vocabulary
+    if not source.files.keys() & {"tokenizer.model", "tokenizer.json"}:
+        raise ValueError(
+            "the model has no tokenizer beside it: put its tokenizer.model or tokenizer.json into "
+            "its folder"
+        )
+    files = {
+        name: content.read_bytes() if isinstance(content, Path) else content
+        for name, content in source.files.items()
+    }
+    return vocabulary_of(files, source.args.vocab_size)
+
+
+def convert(source: Source, out_dir: Path, to: str, n: int = 1, dtype: str | None = None) -> None:
+    """Write a model as a folder in Meta's format (meta), Hugging Face's (hf), or with a GGUF file.
+
+    n: shards, in Meta's format. The folder appears whole or not at all. Raises ValueError for what
+    the format cannot express.
+    """
+    if to == "meta":
+        write_checkpoint(source, out_dir, n, parse_dtype(dtype))
+    elif to == "hf":
+        with new_folder(out_dir) as folder:
+            write_files(folder, _hf_files(source))
+            tokenizer = Tokenizer(folder) if source.files else None
+            write_hf(source, folder, parse_dtype(dtype) or source.dtype, tokenizer)
+    else:
+        dtype = dtype or str(source.dtype).removeprefix("torch.")
+        vocabulary = {"general.name": out_dir.name} | vocabulary_in(source)
+        with new_folder(out_dir) as folder:
+            path = folder / f"{out_dir.name}-{dtype}.gguf"
+            write_gguf(source, path, dtype, vocabulary, exact=isinstance(source, BakedSource))
+
+
+def _hf_files(source: Source) -> dict[str, bytes | Path]:
+    """The tokenizer of a model as tokenizer.json, which transformers reads."""
+    if "tokenizer.json" in source.files or not source.files:
+        return source.files
+    return tokenizer_files(vocabulary_in(source), source.args.vocab_size)
+
+
+def verify(source: Source, out_dir: Path) -> None:
+    """Read everything again that was written from a source; ValueError where it is not as it was."""
+    written = open_any(out_dir)
+
+    def differs(name: str) -> bool:
+        pairs = zip(source.blocks(name), written.blocks(name))
+        return any(
+            not torch.equal(written.as_stored(name, before), after)
+            for (_, before), (_, after) in pairs
+        )
+
+    with hash_threads() as pool, byte_bar(len(source.shapes)) as bar:
+        for name, wrong in zip(source.shapes, pool.map(differs, source.shapes)):
+            if wrong:
+                raise ValueError(f"{out_dir}: {name} is not what was written: is the disk failing?")
+            bar.update()

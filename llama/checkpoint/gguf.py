@@ -123,6 +123,12 @@ class GGUFFile(Source):
             return self._rows(tensor)[0, span]
         return self._rows(tensor)[:, span] if dim else self._rows(tensor, span)
 
+    def as_stored(self, name: str, block: torch.Tensor) -> torch.Tensor:
+        """What reading gives for rows of a weight that were written here."""
+        tensor = self._tensors[name]
+        packed = _packed(block, tensor.kind, name)
+        return torch.tensor(dequantize(packed, tensor.kind)).to(tensor.dtype).view(block.shape)
+
     def _rows(self, tensor: Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of a tensor, of which only these are read and dequantised."""
         height = math.prod(tensor.shape[:-1])

@@ -171,7 +171,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def tokenizer_in(folder: Path) -> dict[str, Path]:
     """The tokenizer files of a folder, by name: they go along with its weights."""
-    return {path.name: path for path in folder.glob("tokenizer*") if path.is_file()}
+    found = [*folder.glob("tokenizer*"), folder / "chat_template.jinja"]
+    return {path.name: path for path in found if path.is_file()}
 
 
 class Source:
@@ -211,6 +212,10 @@ class Source:
         """Whether the output layer is the embedding."""
         pairs = zip(self.blocks(EMBEDDING), self.blocks(OUTPUT))
         return all(torch.equal(rows, others) for (_, rows), (_, others) in pairs)
+
+    def as_stored(self, name: str, block: torch.Tensor) -> torch.Tensor:
+        """What reading gives for rows of a weight that were written here."""
+        return block.to(self.read(name, 0, 0, 1).dtype)
 
     def part(self, name: str, rank: int, n: int) -> torch.Tensor:
         """What rank of n ranks holds of the weight, contiguous."""

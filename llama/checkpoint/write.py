@@ -32,16 +32,21 @@ def write_checkpoint(
     check_shard_count(source.args, n, f"the model to be written to {out_dir}")
     with new_folder(out_dir) as folder:
         hashes = _write_shards(source, folder, n, dtype)
-        for name, content in source.files.items():
-            data = content.read_bytes() if isinstance(content, Path) else content
-            with naming_refusals(folder / name):
-                (folder / name).write_bytes(data)
+        write_files(folder, source.files)
         write_json(folder / "params.json", source.params)
         described = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
         weights = {name: described[name] | hashes[name] for name in described}
         shards = {shard_name(i): (folder / shard_name(i)).stat().st_size for i in range(n)}
         files = {name: describe_file(folder / name) for name in source.files}
         Manifest(source.params, weights, shards, files).write(folder)
+
+
+def write_files(folder: Path, files: dict[str, bytes | Path]) -> None:
+    """Write or copy the files that go along with a model into a folder."""
+    for name, content in files.items():
+        data = content.read_bytes() if isinstance(content, Path) else content
+        with naming_refusals(folder / name):
+            (folder / name).write_bytes(data)
 
 
 def _write_shards(
