@@ -1,0 +1,383 @@
+"""Stop, kill and starve real runs on several ranks: each ends well, or says why and can go on.
+
+PYTHONPATH=.:benchmarks python tests/faults.py [--only signals] [--n 100] [--seed 0] [--pause 60]
+signals: to a rank or to torchrun, in each phase; disk (as root): full, read-only, taken away;
+kills: of runs of ft_main.py, resumed until they end. Prints counts by outcome and what was seen of
+each fault. Start reading at Run, a run as a user starts it, and Faults.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conftest import REPO, TOKENIZERS, command_of, flags_of, hashes_of, hf_model, make_ckpt
+from conftest import make_params
+from random_model import random_source
+
+from llama import cli
+from llama.prompts import SEPARATOR
+
+SECONDS_TO_END = 10  # after a signal
+PAGE = 4096
+PHASES = {  # of each script, and the how many-th time each begins that the run is broken
+    "example.py": {"starting": 1, "loading": 1, "prefill": 1, "decoding": 5},
+    "ft_main.py": {"starting": 1, "loading": 1, "training": 7, "saving": 2, "final": 1},
+    "split_model.py": {"starting": 1, "writing": 3},
+    "convert_model.py": {"starting": 1, "writing": 3},
+}
+SIZES = {"dim": 32, "n_layers": 2, "n_kv_heads": 2}
+TOKENIZER = TOKENIZERS["sentencepiece"][0]
+TUNING = {
+    **{"batch_size": 2, "max_seq_len": 64, "num_virtual_tokens": 8, "lr": 1e-3, "max_steps": 12},
+    **{"save_steps": 4, "logging_steps": 2, "val_set_size": 4, "eval_steps": 6},
+}
+numbers = itertools.count()
+
+
+@dataclass
+class Job:
+    """What a user asks for: a script with its flags, on n ranks (None: without torchrun)."""
+
+    script: str
+    n: int | None
+    flags: dict = field(default_factory=dict)
+    out: Path | None = None  # the folder that is written, if any
+
+    def into(self, out: Path) -> "Job":
+        """The same job with another output folder."""
+        name = "output_dir" if self.script == "ft_main.py" else "out_dir"
+        return Job(self.script, self.n, self.flags | {name: out}, out)
+
+
+class Run:
+    """A run of a job, started in processes of its own, which note their phases in a folder."""
+
+    def __init__(self, job: Job, scratch: Path, **more: object) -> None:
+        self.job, self.folder = job, scratch / f"run{next(numbers)}"
+        self.folder.mkdir()
+        flags = [REPO / job.script, *flags_of(**job.flags, **more)]
+        self.command = command_of("tests/marked.py", self.folder, *flags, n=job.n)
+        paths = f"{REPO}:{os.environ.get('PYTHONPATH', '')}"
+        self.env = os.environ | {"PYTHONPATH": paths, "FAULTS_RUN": str(self.folder)}
+        with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
+            self.process = subprocess.Popen(
+                self.command, cwd=REPO, env=self.env, stdout=out, stderr=err
+            )
+
+    def said(self, stream: str = "stderr") -> str:
+        """What all ranks and torchrun have said on a stream."""
+        return (self.folder / stream).read_bytes().decode(errors="replace")
+
+    def notes(self, rank: int = 0) -> list[str]:
+        """The process id of a rank and the phases that it began."""
+        path = self.folder / str(rank)
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_until(self, phase: str, times: int = 1, rank: int = 0) -> bool:
+        """Wait until a rank begins a phase, so many times; False if the run ends before."""
+        while self.notes(rank).count(phase) < times:
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def processes(self) -> list[int]:
+        """The processes of this run that are there, zombies left out."""
+        mark, found = f"FAULTS_RUN={self.folder}\0".encode(), []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in environment.read_bytes():
+                    found.append(int(environment.parent.name))
+        return found
+
+    def all_gone(self) -> bool:
+        """Wait until no process is left; if there is one too late, kill them all."""
+        deadline = time.monotonic() + SECONDS_TO_END
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.process.wait()
+        return not left
+
+    def send(self, number: int, rank: int | None) -> bool:
+        """Send a signal to a rank, or with None to the process that was started."""
+        pid = self.process.pid if rank is None else int(self.notes(rank)[0])
+        if self.process.poll() is not None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return True
+        return False
+
+
+def outcome(run: Run) -> object:
+    """What a whole run leaves behind: texts, the files of a checkpoint, or losses and prompt."""
+    if run.job.script == "example.py":
+        return run.said("stdout")
+    if run.job.script != "ft_main.py":
+        return hashes_of(run.job.out)
+    history = json.loads((run.job.out / "trainer_state.json").read_text())["log_history"]
+    losses = [(row["step"], row.get("loss"), row.get("eval_loss")) for row in history]
+    prompt = (run.job.out / "adapter_model.safetensors").read_bytes()
+    return [row for row in losses if any(row[1:])], prompt
+
+
+def own_traceback(said: str) -> bool:
+    """Whether there is a traceback that is not torchrun's own report."""
+    pieces = said.split("Traceback (most recent call last)")[1:]
+    return any("torch/distributed/run.py" not in piece for piece in pieces)
+
+
+class Faults:
+    """The jobs, what each leaves when nothing disturbs it, and the faults found."""
+
+    def __init__(self, scratch: Path, seed: int) -> None:
+        self.scratch, self.choose = scratch, random.Random(seed)
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.expected: dict[tuple, tuple] = {}
+        for n in (1, 2, 4):
+            make_ckpt(scratch / f"ckpt{n}", n=n, **SIZES)
+            shutil.copy(TOKENIZER, scratch / f"ckpt{n}" / "tokenizer.model")
+        hf_model(random_source(make_params(**SIZES))).save_pretrained(scratch / "hf")
+        shutil.copy(TOKENIZER, scratch / "hf" / "tokenizer.model")
+        prompts = [f"{' '.join(str(i) for i in range(j, j + 90))}" for j in range(8)]
+        (scratch / "prompts.txt").write_text("\n".join(prompts))
+
+    def job(self, script: str, n: int | None = None, **changes: object) -> Job:
+        """A job of a script over n ranks, with an output folder of its own."""
+        flags = {"ckpt_dir": self.scratch / f"ckpt{n or 1}"}
+        if n:
+            flags["tokenizer_path"] = TOKENIZER
+        out = self.scratch / f"out{next(numbers)}"
+        if script == "example.py":
+            flags |= {"prompts_file": self.scratch / "prompts.txt", "temperature": 0}
+            return Job(script, n, flags | {"max_gen_len": 100, "max_seq_len": 1024} | changes)
+        if script == "ft_main.py":
+            flags |= {"dataset_path": REPO / "datasets" / "short_answers.json"} | TUNING
+        if script == "split_model.py":
+            flags |= {"n": 4}
+        if script == "convert_model.py":
+            flags = {"from": self.scratch / "hf"}
+        return Job(script, n, flags | changes).into(out)
+
+    def undisturbed(self, job: Job) -> tuple:
+        """What a job leaves when nothing disturbs it, its files, and how long it takes."""
+        key = (job.script, job.n, job.flags.get("max_steps"))
+        if key not in self.expected:
+            alone = job.into(self.scratch / f"out{next(numbers)}") if job.out else job
+            began = time.monotonic()
+            run = Run(alone, self.scratch)
+            if run.process.wait() != 0:
+                raise RuntimeError(f"an undisturbed run fails: {run.said()}")
+            self.expected[key] = (outcome(run), alone.out, time.monotonic() - began)
+        return self.expected[key]
+
+    def count(self, what: str, run: Run, faults: list[str]) -> None:
+        """Count how a disturbed run ended; print what was seen of a fault."""
+        self.counts[what, "fault" if faults else "well"] += 1
+        if faults:
+            print(f"FAULT: {what}: {'; '.join(faults)}\n  {' '.join(run.command)}")
+            print(f"  exit code {run.process.returncode}\n{run.said()[-3000:]}\n", flush=True)
+
+    def wrong_end(self, run: Run) -> list[str]:
+        """What is wrong with a run that was broken: in what it said, and left on the disk."""
+        faults, said, text = [], run.said(), run.said("stdout")
+        if run.process.returncode == 0:
+            faults.append("exit code 0")
+        if own_traceback(said):
+            faults.append("a traceback")
+        if len(re.findall("(?m)^error: ", said)) > 1:
+            faults.append("more than one error line")
+        if run.job.script == "example.py":
+            whole = self.undisturbed(run.job)[0].startswith(text) and text.endswith(SEPARATOR)
+            return faults + ["half a text on stdout"] * bool(text and not whole)
+        if text:
+            faults.append(f"stdout says {text}")
+        if run.job.script != "ft_main.py":
+            if run.job.out.exists() and hashes_of(run.job.out) != self.undisturbed(run.job)[0]:
+                faults.append("a folder that is not whole")
+            return faults
+        for checkpoint in run.job.out.glob("checkpoint-*"):
+            hashes = hashes_of(checkpoint)
+            hashes.pop("run.json")
+            if json.loads((checkpoint / "run.json").read_text())["files"] != hashes:
+                faults.append(f"{checkpoint} is not whole")
+        return faults
+
+    def wrong_rerun(self, job: Job) -> list[str]:
+        """What is wrong when a broken job is done again: resumed, where there is a checkpoint."""
+        if job.out and job.script != "ft_main.py" and job.out.exists():
+            return []  # it was whole already
+        resume = job.script == "ft_main.py" and any(job.out.glob("checkpoint-*"))
+        if not resume and job.out and any(job.out.glob("[!.]*")):
+            return [f"neither a checkpoint nor an empty folder: {os.listdir(job.out)}"]
+        run = Run(job, self.scratch, **({"resume": True} if resume else {}))
+        if run.process.wait() != 0:
+            return [f"it cannot be done again: {run.said()[-2000:]}"]
+        return self.wrong_result(run)
+
+    def wrong_result(self, run: Run) -> list[str]:
+        """What is wrong with a run that ended well."""
+        hidden = [str(path) for path in run.job.out.glob(".*")] if run.job.out else []
+        wrong = ["another result"] * (outcome(run) != self.undisturbed(run.job)[0])
+        return wrong + [f"left behind: {hidden}"] * bool(hidden)
+
+    def signals(self, pause: float) -> None:
+        """Each signal to a rank, and to the process that was started, in each phase."""
+        kills = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+        for script, phases in PHASES.items():
+            for phase, to, number in itertools.product(
+                phases, ("rank", "torchrun"), (*kills, signal.SIGSTOP)
+            ):
+                n = self.choose.choice((2, 4)) if script in ("example.py", "ft_main.py") else None
+                rank = self.choose.randrange(n or 1)
+                if to == "torchrun" and (n is None or number == signal.SIGSTOP):
+                    continue
+                job = self.job(script, n)
+                run, what = Run(job, self.scratch), f"{script} {phase} {to} {number.name}"
+                run.wait_until(phase, phases[phase])
+                run.wait_until("starting", rank=rank)
+                time.sleep(self.choose.uniform(0, 2 if phase == "starting" else 0.02))
+                if not run.send(number, None if to == "torchrun" else rank):
+                    self.counts[what, "missed"] += 1
+                elif number == signal.SIGSTOP:
+                    time.sleep(pause)
+                    run.send(signal.SIGCONT, rank)
+                    failed = run.process.wait() != 0
+                    self.count(what, run, ["failed"] if failed else self.wrong_result(run))
+                else:
+                    late = ["processes are left"] * (not run.all_gone())
+                    faults = late + self.wrong_end(run)
+                    if phase in ("saving", "final", "writing"):
+                        faults += self.wrong_rerun(job)
+                    self.count(what, run, faults)
+
+    def disk(self) -> None:
+        """Too little room for each file, a disk that is read-only, a folder that is taken away."""
+        jobs = [self.job(script) for script in ("split_model.py", "convert_model.py")]
+        for job in (*jobs, self.job("ft_main.py", 2)):
+            for name, room in rooms(self.undisturbed(job)[1]):
+                with small_disk(self.scratch / "disk", room) as disk:
+                    self.starve(f"{job.script} full at {name}", job.into(disk / "out"), disk)
+            with small_disk(self.scratch / "disk") as disk:
+                remount(disk, "ro")
+                self.starve(f"{job.script} read-only", job.into(disk / "out"), disk)
+        for phase, n in itertools.product(("training", "final"), (2, 4)):
+            for way in (lambda disk: remount(disk, "ro"), lambda disk: shutil.rmtree(disk / "out")):
+                with small_disk(self.scratch / "disk") as disk:
+                    job = self.job("ft_main.py", n).into(disk / "out")
+                    what = "removed" if "rmtree" in way.__code__.co_names else "read-only"
+                    self.starve(f"ft_main.py {what} at {phase}", job, disk, phase, way)
+
+    def starve(
+        self, what: str, job: Job, disk: Path, phase: str = "", way: Callable | None = None
+    ) -> None:
+        """A job on a disk that does not do: one line says so, and with a good disk it ends well."""
+        run = Run(job, self.scratch)
+        if way and run.wait_until(phase, PHASES[job.script][phase]):
+            run.send(signal.SIGSTOP, 0)
+            way(disk)
+            run.send(signal.SIGCONT, 0)
+        if run.process.wait() == 0:  # nothing had to be written where there was no room
+            self.count(what, run, self.wrong_result(run))
+            return
+        faults, errors = self.wrong_end(run), re.findall("(?m)^error: .*", run.said())
+        if run.process.returncode != 1 or len(errors) != 1 or str(disk) not in errors[0]:
+            faults.append(f"not one error line that names {disk}")
+        elif "full" in what and "free" not in errors[0]:
+            faults.append("the space left is not named")
+        if job.out.exists() and (hidden := list(job.out.glob(".*"))) and "read-only" not in what:
+            faults.append(f"left behind: {hidden}")
+        remount(disk, "rw,size=1g")
+        self.count(what, run, faults + self.wrong_rerun(job))
+
+    def kills(self, n: int) -> None:
+        """Kill ranks of ft_main.py at any moment, and resume, until so many kills were made."""
+        long = {"max_steps": 800, "save_steps": 10, "logging_steps": 5, "eval_steps": 400}
+        killed = 0
+        while killed < n:
+            job = self.job("ft_main.py", self.choose.choice((2, 4)), **long)
+            seconds, ended = self.undisturbed(job)[2], False
+            while not ended:
+                resume = {"resume": True} if any(job.out.glob("checkpoint-*")) else {}
+                run = Run(job, self.scratch, **resume)
+                rank = self.choose.randrange(job.n)
+                until = time.monotonic() + self.choose.uniform(0, seconds)
+                while time.monotonic() < until and run.process.poll() is None:
+                    time.sleep(0.01)
+                run.wait_until("starting", rank=rank)
+                phase = (run.notes() or ["starting"])[-1]
+                if killed < n and run.send(signal.SIGKILL, rank):
+                    killed += 1
+                    late = ["processes are left"] * (not run.all_gone())
+                    self.count(f"kill in {phase}", run, late + self.wrong_end(run))
+                else:
+                    ended = True
+                    failed = run.process.wait() != 0
+                    self.count("run to its end", run, ["failed"] * failed or self.wrong_result(run))
+
+
+def rooms(whole: Path) -> Iterator[tuple[str, int]]:
+    """For each file of a folder, in the order of their writing, room for all but its last page."""
+    files = [path for path in whole.rglob("*") if path.is_file()]
+    last = max((path.parent.name for path in files), key=lambda name: ("-" in name, len(name), name))
+    used = 0
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
+        used += -(-path.stat().st_size // PAGE) * PAGE
+        if "-" not in path.parent.name or path.parent.name == last:  # of checkpoints the last one
+            yield str(path.relative_to(whole)), max(PAGE, used - PAGE)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, room: int = 1 << 30) -> Iterator[Path]:
+    """A disk of so many bytes, in memory."""
+    path.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    """Give a disk other options."""
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def main(only: str | None = None, n: int = 100, seed: int = 0, pause: float = 60) -> int:
+    """Break runs in every way; 1 if there was any fault.
+
+    Args:
+        only: signals, disk or kills; by default all.
+        n: how many kills.
+        seed: of the ranks and moments that are drawn.
+        pause: seconds for which a rank is stopped.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        faults = Faults(Path(scratch), seed)
+        parts = {"signals": (pause,), "disk": (), "kills": (n,)}
+        for name in [only] if only else parts:
+            getattr(faults, name)(*parts[name])
+    for what in sorted({what for what, _ in faults.counts}):
+        ends = [(end, faults.counts[what, end]) for end in ("well", "fault", "missed")]
+        print(f"{what:50}", *(f"{end} {count}" for end, count in ends if count))
+    return int(any(end == "fault" for _, end in faults.counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main(**cli.parse_flags(main)))
