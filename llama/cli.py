@@ -40,6 +40,14 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     stderr and exit code 1. When ranks fail, whichever is first says so, and torchrun ends all.
     """
     try:
+        _run(main, options)
+    except KeyboardInterrupt:  # at any moment: torch alone takes seconds to import
+        say("interrupted")
+        os._exit(130)
+
+
+def _run(main: Callable[..., None], options: type | None) -> None:
+    try:
         flags = parse_flags(options or main)
         work = (
             functools.partial(main, options(**flags))
@@ -53,9 +61,6 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     try:
         work()
         parallel.leave_together()
-    except KeyboardInterrupt:
-        say("interrupted")
-        os._exit(130)
     except Exception as error:
         message = _explain(error)
         if message is None and parallel.world_size() == 1:

@@ -43,8 +43,18 @@ def mark() -> None:
         setattr(owner, name, noting(phase, getattr(owner, name)))
 
 
-run = cli.run
-cli.run = lambda main, *options: run(functools.wraps(main)(lambda *a, **k: (mark(), main(*a, **k))), *options)
+def run(main: Callable, *options: type) -> None:
+    """Run a script as cli.run does, with notes."""
+
+    @functools.wraps(main)  # for its signature, which is the command line
+    def marked(*args: object, **kwargs: object) -> None:
+        mark()
+        main(*args, **kwargs)
+
+    run_unmarked(marked, *options)
+
+
+run_unmarked, cli.run = cli.run, run
 NOTES.write(f"{os.getpid()}\nstarting\n")
 sys.argv = [SCRIPT, *FLAGS]
 runpy.run_path(SCRIPT, run_name="__main__")
