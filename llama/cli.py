@@ -1,6 +1,7 @@
 """A signature as a command line, failures in one line, progress and memory: all without torch."""
 
 import contextlib
+import ctypes
 import difflib
 import functools
 import inspect
@@ -8,6 +9,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -30,6 +32,7 @@ LOST_PEER = (  # as gloo and nccl word it
     "remote process exited",
 )
 _RANK = int(os.environ.get("RANK", 0))  # as torchrun gives it, before there is a process group
+_PARENT = os.getppid()
 
 
 def run(main: Callable[..., None], options: type | None = None) -> None:
@@ -39,6 +42,7 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     What the user got wrong (ValueError, OSError) or the machine cannot give becomes one line on
     stderr and exit code 1. When ranks fail, whichever is first says so, and torchrun ends all.
     """
+    end_with_torchrun()
     try:
         _run(main, options)
     except KeyboardInterrupt:  # at any moment: torch alone takes seconds to import
@@ -66,6 +70,15 @@ def _run(main: Callable[..., None], options: type | None) -> None:
         if message is None and parallel.world_size() == 1:
             raise
         _fail(message or traceback.format_exc(), first=parallel.first_to_fail())
+
+
+def end_with_torchrun() -> None:
+    """Have this rank killed when torchrun is: or it would go on alone, and write."""
+    if "RANK" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != _PARENT:  # it was killed before
+            os._exit(1)
 
 
 def _explain(error: Exception) -> str | None:

@@ -23,9 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import REPO, TOKENIZERS, command_of, flags_of, hashes_of, hf_model, make_ckpt
-from conftest import make_params
-from random_model import random_source
+import conftest
+from conftest import REPO, command_of, flags_of, hashes_of, make_ckpt
 
 from llama import cli
 from llama.prompts import SEPARATOR
@@ -39,7 +38,7 @@ PHASES = {  # of each script, and the how many-th time each begins that the run 
     "convert_model.py": {"starting": 1, "writing": 3},
 }
 SIZES = {"dim": 32, "n_layers": 2, "n_kv_heads": 2}
-TOKENIZER = TOKENIZERS["sentencepiece"][0]
+TOKENIZER = conftest.TOKENIZERS["sentencepiece"][0]
 TUNING = {
     **{"batch_size": 2, "max_seq_len": 64, "num_virtual_tokens": 8, "lr": 1e-3, "max_steps": 12},
     **{"save_steps": 4, "logging_steps": 2, "val_set_size": 4, "eval_steps": 6},
@@ -161,7 +160,7 @@ class Faults:
         for n in (1, 2, 4):
             make_ckpt(scratch / f"ckpt{n}", n=n, **SIZES)
             shutil.copy(TOKENIZER, scratch / f"ckpt{n}" / "tokenizer.model")
-        hf_model(random_source(make_params(**SIZES))).save_pretrained(scratch / "hf")
+        conftest.hf_reference(**SIZES).save_pretrained(scratch / "hf")
         shutil.copy(TOKENIZER, scratch / "hf" / "tokenizer.model")
         prompts = [f"{' '.join(str(i) for i in range(j, j + 90))}" for j in range(8)]
         (scratch / "prompts.txt").write_text("\n".join(prompts))
@@ -213,9 +212,8 @@ class Faults:
         if len(re.findall("(?m)^error: ", said)) > 1:
             faults.append("more than one error line")
         if run.job.script == "example.py":
-            whole = self.undisturbed(run.job)[0]["text"].startswith(text) and text.endswith(
-                SEPARATOR
-            )
+            expected = self.undisturbed(run.job)[0]["text"]
+            whole = expected.startswith(text) and text.endswith(SEPARATOR)
             return faults + ["half a text on stdout"] * bool(text and not whole)
         if text:
             faults.append(f"stdout says {text}")
@@ -348,16 +346,17 @@ class Faults:
 
 
 def rooms(whole: Path) -> Iterator[tuple[str, int]]:
-    """For each file of a folder, in the order of their writing, room for all but its last page."""
-    files = [path for path in whole.rglob("*") if path.is_file()]
-    last = max(
-        (path.parent.name for path in files), key=lambda name: ("-" in name, len(name), name)
-    )
+    """For files of a folder, in the order of their writing, room for all but its last page.
+
+    Of checkpoints those of the last.
+    """
+    checkpoints = sorted(whole.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
     used = 0
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
-        used += -(-path.stat().st_size // PAGE) * PAGE
-        if "-" not in path.parent.name or path.parent.name == last:  # of checkpoints the last one
-            yield str(path.relative_to(whole)), max(PAGE, used - PAGE)
+    for path in sorted(whole.rglob("*.*"), key=lambda path: path.stat().st_mtime_ns):
+        if path.is_file():
+            used += -(-path.stat().st_size // PAGE) * PAGE
+            if path.parent not in checkpoints[:-1]:
+                yield str(path.relative_to(whole)), max(PAGE, used - PAGE)
 
 
 @contextlib.contextmanager
