@@ -79,7 +79,7 @@ class Run:
         """What all ranks and torchrun have said on a stream."""
         return (self.folder / stream).read_bytes().decode(errors="replace")
 
-    def notes(self, rank: int = 0) -> list[str]:
+    def notes(self, rank: int | str = 0) -> list[str]:
         """The process id of a rank and the phases that it began."""
         path = self.folder / str(rank)
         return path.read_text().splitlines() if path.exists() else []
@@ -101,8 +101,8 @@ class Run:
                     found.append(int(environment.parent.name))
         return found
 
-    def all_gone(self) -> bool:
-        """Wait until no process is left; if there is one too late, kill them all."""
+    def left_over(self) -> list[str]:
+        """Wait until no process is left, and say so if there is one too late; then kill them."""
         deadline = time.monotonic() + SECONDS_TO_END
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -110,14 +110,18 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self.process.wait()
-        return not left
+        ranks = [name.name for name in self.folder.glob("[0-9]") if self.pid(name.name) in left]
+        return [f"{len(left)} processes are left, of them ranks {ranks}"] * bool(left)
+
+    def pid(self, rank: int | str | None) -> int:
+        """The process id of a rank, or with None of the process that was started."""
+        return self.process.pid if rank is None else int(self.notes(rank)[0])
 
     def send(self, number: int, rank: int | None) -> bool:
         """Send a signal to a rank, or with None to the process that was started."""
-        pid = self.process.pid if rank is None else int(self.notes(rank)[0])
-        there = self.process.poll() is None and pid in self.processes()
+        there = self.process.poll() is None and self.pid(rank) in self.processes()
         if there:
-            os.kill(pid, number)
+            os.kill(self.pid(rank), number)
         return there
 
 
@@ -170,7 +174,7 @@ class Faults:
         out = self.scratch / f"out{next(numbers)}"
         if script == "example.py":
             flags |= {"prompts_file": self.scratch / "prompts.txt", "temperature": 0}
-            return Job(script, n, flags | {"max_gen_len": 100, "max_seq_len": 1024} | changes)
+            return Job(script, n, flags | {"max_gen_len": 300, "max_seq_len": 1024} | changes)
         if script == "ft_main.py":
             flags |= {"dataset_path": REPO / "datasets" / "short_answers.json"} | TUNING
         if script == "split_model.py":
@@ -267,8 +271,7 @@ class Faults:
                     failed = run.process.wait() != 0
                     self.count(what, run, ["failed"] if failed else self.wrong_result(run))
                 else:
-                    late = ["processes are left"] * (not run.all_gone())
-                    faults = late + self.wrong_end(run)
+                    faults = run.left_over() + self.wrong_end(run)
                     if phase in ("saving", "final", "writing"):
                         faults += self.wrong_rerun(job)
                     self.count(what, run, faults)
@@ -331,8 +334,7 @@ class Faults:
                 phase = (run.notes() or ["starting"])[-1]
                 if killed < n and run.send(signal.SIGKILL, rank):
                     killed += 1
-                    late = ["processes are left"] * (not run.all_gone())
-                    self.count(f"kill in {phase}", run, late + self.wrong_end(run))
+                    self.count(f"kill in {phase}", run, run.left_over() + self.wrong_end(run))
                 else:
                     ended = True
                     failed = run.process.wait() != 0
