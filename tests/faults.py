@@ -3,10 +3,9 @@
 PYTHONPATH=.:benchmarks python tests/faults.py [--only signals] [--n 100] [--seed 0] [--pause 60]
 signals: to a rank or to torchrun, in each phase; disk (as root): full, read-only, taken away;
 kills: of runs of ft_main.py, resumed until they end. Prints counts by outcome and what was seen of
-each fault. Start reading at Run, a run as a user starts it, and Faults.
+each fault. Start reading at Faults; runs.py has what a run is.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -14,22 +13,21 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import conftest
-from conftest import REPO, command_of, flags_of, hashes_of, make_ckpt
+from conftest import REPO, hashes_of, make_ckpt
+from runs import Job, Run, numbers, outcome, own_traceback, remount, same, small_disk
 
 from llama import cli
 from llama.prompts import SEPARATOR
 
-SECONDS_TO_END = 10  # after a signal
+ENDS = ("well", "fault", "missed")  # how a disturbed run may end; missed: it had ended before
 PAGE = 4096
 PHASES = {  # of each script, and the how many-th time each begins that the run is broken
     "example.py": {"starting": 1, "loading": 1, "prefill": 1, "decoding": 5},
@@ -39,116 +37,14 @@ PHASES = {  # of each script, and the how many-th time each begins that the run 
 }
 SIZES = {"dim": 32, "n_layers": 2, "n_kv_heads": 2}
 TOKENIZER = conftest.TOKENIZERS["sentencepiece"][0]
-TUNING = {
-    **{"batch_size": 2, "max_seq_len": 64, "num_virtual_tokens": 8, "lr": 1e-3, "max_steps": 12},
-    **{"save_steps": 4, "logging_steps": 2, "val_set_size": 4, "eval_steps": 6},
+OPTIONS = {
+    "example.py": {"temperature": 0, "max_gen_len": 300, "max_seq_len": 1024},
+    "ft_main.py": {
+        **{"dataset_path": REPO / "datasets" / "short_answers.json", "max_seq_len": 64},
+        **{"batch_size": 2, "num_virtual_tokens": 8, "lr": 1e-3, "max_steps": 12},
+        **{"save_steps": 4, "logging_steps": 2, "val_set_size": 4, "eval_steps": 6},
+    },
 }
-numbers = itertools.count()
-
-
-@dataclass
-class Job:
-    """What a user asks for: a script with its flags, on n ranks (None: without torchrun)."""
-
-    script: str
-    n: int | None
-    flags: dict
-    out: Path | None = None  # the folder that is written, if any
-
-    def into(self, out: Path) -> "Job":
-        """The same job with another output folder."""
-        name = "output_dir" if self.script == "ft_main.py" else "out_dir"
-        return Job(self.script, self.n, self.flags | {name: out}, out)
-
-
-class Run:
-    """A run of a job, started in processes of its own, which note their phases in a folder."""
-
-    def __init__(self, job: Job, scratch: Path, **more: object) -> None:
-        self.job, self.folder = job, scratch / f"run{next(numbers)}"
-        self.folder.mkdir()
-        flags = [REPO / job.script, *flags_of(**job.flags, **more)]
-        self.command = command_of("tests/marked.py", self.folder, *flags, n=job.n)
-        paths = f"{REPO}:{os.environ.get('PYTHONPATH', '')}"
-        env = os.environ | {"PYTHONPATH": paths, "FAULTS_RUN": str(self.folder)}
-        with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
-            pipes = {"stdout": out, "stderr": err}
-            self.process = subprocess.Popen(self.command, cwd=REPO, env=env, **pipes)
-
-    def said(self, stream: str = "stderr") -> str:
-        """What all ranks and torchrun have said on a stream."""
-        return (self.folder / stream).read_bytes().decode(errors="replace")
-
-    def notes(self, rank: int | str = 0) -> list[str]:
-        """The process id of a rank and the phases that it began."""
-        path = self.folder / str(rank)
-        return path.read_text().splitlines() if path.exists() else []
-
-    def wait_until(self, phase: str, times: int = 1, rank: int = 0) -> bool:
-        """Wait until a rank begins a phase, so many times; False if the run ends before."""
-        while self.notes(rank).count(phase) < times:
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.001)
-        return True
-
-    def processes(self) -> list[int]:
-        """The processes of this run that are there, zombies left out."""
-        mark, found = f"FAULTS_RUN={self.folder}\0".encode(), []
-        for environment in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark in environment.read_bytes():
-                    found.append(int(environment.parent.name))
-        return found
-
-    def left_over(self) -> list[str]:
-        """Wait until no process is left, and say so if there is one too late; then kill them."""
-        deadline = time.monotonic() + SECONDS_TO_END
-        while (left := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for process in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        self.process.wait()
-        ranks = [name.name for name in self.folder.glob("[0-9]") if self.pid(name.name) in left]
-        return [f"{len(left)} processes are left, of them ranks {ranks}"] * bool(left)
-
-    def pid(self, rank: int | str | None) -> int:
-        """The process id of a rank, or with None of the process that was started."""
-        return self.process.pid if rank is None else int(self.notes(rank)[0])
-
-    def send(self, number: int, rank: int | None) -> bool:
-        """Send a signal to a rank, or with None to the process that was started."""
-        there = self.process.poll() is None and self.pid(rank) in self.processes()
-        if there:
-            os.kill(self.pid(rank), number)
-        return there
-
-
-def outcome(run: Run) -> dict:
-    """What a whole run leaves behind: texts, the files of a checkpoint, or losses and prompt."""
-    if run.job.script == "example.py":
-        return {"text": run.said("stdout")}
-    if run.job.script != "ft_main.py":
-        return hashes_of(run.job.out)
-    history = json.loads((run.job.out / "trainer_state.json").read_text())["log_history"]
-    found = {"prompt": (run.job.out / "adapter_model.safetensors").read_bytes()}
-    for kind, row in itertools.product(("loss", "eval_loss"), history):
-        if kind in row and found.setdefault((kind, row["step"]), row[kind]) != row[kind]:
-            found["two losses of one step"] = row
-    return found
-
-
-def same(found: dict, expected: dict) -> bool:
-    """Whether two runs came to the same; one that was resumed has evaluated there once more."""
-    more = [key for key in found.keys() - expected.keys() if key[0] != "eval_loss"]
-    return not more and all(found.get(key) == expected[key] for key in expected)
-
-
-def own_traceback(said: str) -> bool:
-    """Whether there is a traceback that is not torchrun's own report."""
-    pieces = said.split("Traceback (most recent call last)")[1:]
-    return any("torch/distributed/run.py" not in piece for piece in pieces)
 
 
 class Faults:
@@ -169,19 +65,15 @@ class Faults:
     def job(self, script: str, n: int | None = None, **changes: object) -> Job:
         """A job of a script over n ranks, with an output folder of its own."""
         flags = {"ckpt_dir": self.scratch / f"ckpt{n or 1}"}
-        if n:
-            flags["tokenizer_path"] = TOKENIZER
-        out = self.scratch / f"out{next(numbers)}"
-        if script == "example.py":
-            flags |= {"prompts_file": self.scratch / "prompts.txt", "temperature": 0}
-            return Job(script, n, flags | {"max_gen_len": 300, "max_seq_len": 1024} | changes)
-        if script == "ft_main.py":
-            flags |= {"dataset_path": REPO / "datasets" / "short_answers.json"} | TUNING
-        if script == "split_model.py":
-            flags |= {"n": 4}
         if script == "convert_model.py":
             flags = {"from": self.scratch / "hf"}
-        return Job(script, n, flags | changes).into(out)
+        elif script == "split_model.py":
+            flags |= {"n": 4}
+        else:
+            flags |= {"tokenizer_path": TOKENIZER, **OPTIONS[script]} | changes
+        if script == "example.py":
+            return Job(script, n, flags | {"prompts_file": self.scratch / "prompts.txt"})
+        return Job(script, n, flags).into(self.scratch / f"out{next(numbers)}")
 
     def undisturbed(self, job: Job) -> tuple:
         """What a job leaves when nothing disturbs it, its files, and how long it takes."""
@@ -251,14 +143,12 @@ class Faults:
         """Each signal to a rank, and to the process that was started, in each phase."""
         kills = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
         for script in self.scripts:
-            for phase, to, number in itertools.product(
-                PHASES[script], ("rank", "torchrun"), (*kills, signal.SIGSTOP)
-            ):
-                n = self.choose.choice((2, 4)) if script in ("example.py", "ft_main.py") else None
-                rank = self.choose.randrange(n or 1)
-                if to == "torchrun" and (n is None or number == signal.SIGSTOP):
-                    continue
-                job = self.job(script, n)
+            ranks = (2, 4) if script in OPTIONS else (None,)
+            all_of = [("rank", number) for number in (*kills, signal.SIGSTOP)]
+            all_of += [("torchrun", number) for number in kills if script in OPTIONS]
+            for phase, (to, number) in itertools.product(PHASES[script], all_of):
+                job = self.job(script, self.choose.choice(ranks))
+                rank = self.choose.randrange(job.n or 1)
                 run, what = Run(job, self.scratch), f"{script} {phase} {to} {number.name}"
                 run.wait_until(phase, PHASES[script][phase])
                 run.wait_until("starting", rank=rank)
@@ -355,22 +245,6 @@ def rooms(whole: Path) -> Iterator[tuple[str, int]]:
                 yield str(path.relative_to(whole)), max(PAGE, used - PAGE)
 
 
-@contextlib.contextmanager
-def small_disk(path: Path, room: int = 1 << 30) -> Iterator[Path]:
-    """A disk of so many bytes, in memory."""
-    path.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
-
-
-def remount(disk: Path, options: str) -> None:
-    """Give a disk other options."""
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
-
-
 def main(
     only: str | None = None, script: str = "", n: int = 100, seed: int = 0, pause: float = 60
 ) -> int:
@@ -389,9 +263,10 @@ def main(
         parts = {"signals": (pause,), "disk": (), "kills": (n,)}
         for name in [only] if only else parts:
             getattr(faults, name)(*parts[name])
-    for what in sorted({what for what, _ in faults.counts}):
-        ends = [(end, faults.counts[what, end]) for end in ("well", "fault", "missed")]
-        print(f"{what:50}", *(f"{end} {count}" for end, count in ends if count))
+    row = "{:50}{:>8}{:>8}{:>8}".format
+    print(row("", *ENDS))
+    for what in dict.fromkeys(what for what, _ in faults.counts):
+        print(row(what, *(faults.counts[what, end] for end in ENDS)))
     return int(any(end == "fault" for _, end in faults.counts))
 
 

@@ -16,15 +16,15 @@ FOLDER, SCRIPT, *FLAGS = sys.argv[1:]
 NOTES = (Path(FOLDER) / os.environ.get("RANK", "0")).open("a", buffering=1)
 
 
-def noting(phase: str, function: Callable) -> Callable:
-    """The function, which now notes that the phase begins."""
+def before(function: Callable, first: Callable, *arguments: object) -> Callable:
+    """The function, with something else done first at each call."""
 
-    @functools.wraps(function)
-    def noted(*args: object, **kwargs: object) -> object:
-        NOTES.write(f"{phase}\n")
+    @functools.wraps(function)  # for main's signature, which is the command line
+    def both(*args: object, **kwargs: object) -> object:
+        first(*arguments)
         return function(*args, **kwargs)
 
-    return noted
+    return both
 
 
 def mark() -> None:
@@ -40,21 +40,11 @@ def mark() -> None:
         points += [("training", PromptTrainer, "training_step"), ("final", PromptTrainer, "save")]
         points += [("saving", PromptTrainer, "_save_checkpoint")]
     for phase, owner, name in points:
-        setattr(owner, name, noting(phase, getattr(owner, name)))
+        setattr(owner, name, before(getattr(owner, name), NOTES.write, f"{phase}\n"))
 
 
-def run(main: Callable, *options: type) -> None:
-    """Run a script as cli.run does, with notes."""
-
-    @functools.wraps(main)  # for its signature, which is the command line
-    def marked(*args: object, **kwargs: object) -> None:
-        mark()
-        main(*args, **kwargs)
-
-    run_unmarked(marked, *options)
-
-
-run_unmarked, cli.run = cli.run, run
+run = cli.run
+cli.run = lambda main, *options: run(before(main, mark), *options)
 NOTES.write(f"{os.getpid()}\nstarting\n")
 sys.argv = [SCRIPT, *FLAGS]
 runpy.run_path(SCRIPT, run_name="__main__")
