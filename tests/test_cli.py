@@ -139,11 +139,8 @@ def test_what_the_machine_cannot_give_is_one_line(monkeypatch, capfd, fail, mess
 )
 def test_a_script_ends_while_torch_is_imported(tmp_path, torch_does, environment, code, message):
     (tmp_path / "torch.py").write_text(torch_does)
-    lines = ["import os", "from llama import cli"]
-    lines += [
-        "cli._PARENT = int(os.environ.get('_PARENT', cli._PARENT))",
-        "cli.run(lambda: print(1))",
-    ]
+    lines = ["import os", "from llama import cli", "cli.run(lambda: print(1))"]
+    lines.insert(2, "cli._PARENT = int(os.environ.get('_PARENT', cli._PARENT))")
     (tmp_path / "script.py").write_text("\n".join(lines))
     paths = {"PYTHONPATH": f"{tmp_path}:{REPO}"}
     result = run_script(tmp_path / "script.py", env=os.environ | paths | environment)

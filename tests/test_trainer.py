@@ -295,13 +295,13 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_room_is_all_it_take
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "loss.png"])
 def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_resumes(tmp_path, tuned, name):
     out = shutil.copytree(tuned[1], tmp_path / "out")
-    options = {"ckpt_dir": str(tuned[0] / "ckpt1"), "resume": True}
+    make_ckpt(tmp_path / "ckpt1", **MODEL)
     (out / ".adapter.partial").mkdir()  # as a run leaves it that is killed here
     room = (out / name).stat().st_size - 1
     with full_disk(room), pytest.raises(OSError, match=r"out: cannot be written: .* free") as error:
-        tune(tmp_path, "out", **options)
+        tune(tmp_path, "out", resume=True)
     assert "\n" not in str(error.value)
-    assert_same_outcome(tune(tmp_path, "out", **options), tuned[1])
+    assert_same_outcome(tune(tmp_path, "out", resume=True), tuned[1])
     assert not list(out.glob(".*"))
 
 
