@@ -82,7 +82,7 @@ class Faults:
             alone = job.into(self.scratch / f"out{next(numbers)}") if job.out else job
             began = time.monotonic()
             run = Run(alone, self.scratch)
-            if run.process.wait() != 0:
+            if run.end() != 0:
                 raise RuntimeError(f"an undisturbed run fails: {run.said()}")
             self.expected[key] = (outcome(run), alone.out, time.monotonic() - began)
         return self.expected[key]
@@ -129,7 +129,7 @@ class Faults:
         if not resume and job.out and any(job.out.glob("[!.]*")):
             return [f"neither a checkpoint nor an empty folder: {os.listdir(job.out)}"]
         run = Run(job, self.scratch, **({"resume": True} if resume else {}))
-        if run.process.wait() != 0:
+        if run.end() != 0:
             return [f"it cannot be done again: {run.said()[-2000:]}"]
         return self.wrong_result(run)
 
@@ -158,7 +158,7 @@ class Faults:
                 elif number == signal.SIGSTOP:
                     time.sleep(pause)
                     run.send(signal.SIGCONT, rank)
-                    failed = run.process.wait() != 0
+                    failed = run.end() != 0
                     self.count(what, run, ["failed"] if failed else self.wrong_result(run))
                 else:
                     faults = run.left_over() + self.wrong_end(run)
@@ -193,7 +193,7 @@ class Faults:
             run.send(signal.SIGSTOP, 0)
             way(disk)
             run.send(signal.SIGCONT, 0)
-        if run.process.wait() == 0:  # nothing had to be written where there was no room
+        if run.end() == 0:  # nothing had to be written where there was no room
             self.count(what, run, self.wrong_result(run))
             return
         faults, errors = self.wrong_end(run), re.findall("(?m)^error: .*", run.said())
@@ -227,7 +227,7 @@ class Faults:
                     self.count(f"kill in {phase}", run, run.left_over() + self.wrong_end(run))
                 else:
                     ended = True
-                    failed = run.process.wait() != 0
+                    failed = run.end() != 0
                     self.count("run to its end", run, ["failed"] * failed or self.wrong_result(run))
 
 

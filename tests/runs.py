@@ -17,6 +17,7 @@ from pathlib import Path
 from conftest import REPO, command_of, flags_of, hashes_of
 
 SECONDS_TO_END = 10  # after a signal
+HANG = 300  # seconds after which a run is taken to hang
 numbers = itertools.count()
 
 
@@ -47,6 +48,7 @@ class Run:
         env = os.environ | {"PYTHONPATH": paths, "FAULTS_RUN": str(self.folder)}
         with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
             pipes = {"stdout": out, "stderr": err}
+            self.hangs_at = time.monotonic() + HANG
             self.process = subprocess.Popen(self.command, cwd=REPO, env=env, **pipes)
 
     def said(self, stream: str = "stderr") -> str:
@@ -61,7 +63,7 @@ class Run:
     def wait_until(self, phase: str, times: int = 1, rank: int = 0) -> bool:
         """Wait until a rank begins a phase, so many times; False if the run ends before."""
         while self.notes(rank).count(phase) < times:
-            if self.process.poll() is not None:
+            if self.process.poll() is not None or time.monotonic() > self.hangs_at:
                 return False
             time.sleep(0.001)
         return True
@@ -78,6 +80,14 @@ class Run:
                 if f"FAULTS_RUN={self.folder}\0".encode() in environment.read_bytes():
                     found.append(int(environment.parent.name))
         return found
+
+    def end(self) -> int:
+        """Wait for the end; the exit code, -9 for a run that hangs and is killed."""
+        try:
+            return self.process.wait(HANG)
+        except subprocess.TimeoutExpired:
+            self.left_over()
+            return self.process.returncode
 
     def left_over(self) -> list[str]:
         """Wait until no process is left, and say so if there is one too late; then kill them."""
