@@ -8,7 +8,7 @@ MODEL := --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3
 MINUTES ?= 20
 QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --temperature 0 --max_gen_len 80
 
-.PHONY: install demo demo-ft test fuzz test-oldest lint clean
+.PHONY: install demo demo-ft test fuzz faults test-oldest lint clean
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -47,6 +47,10 @@ test: lint
 # attack all that reads files, with new seeds, for MINUTES; what fails is kept in fuzz-failed/
 fuzz: $(VENV)/installed
 	HF_HUB_OFFLINE=1 PYTHONPATH=.:benchmarks $(VENV)/bin/python tests/attacks.py --minutes $(MINUTES)
+
+# stop, kill and starve real runs on 2 and 4 ranks, and resume them; as root, for small disks
+faults: $(VENV)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:benchmarks $(VENV)/bin/python tests/faults.py
 
 # whether the oldest torch of requirements.txt reads what we write (downloads several GB)
 test-oldest: $(VENV)/installed

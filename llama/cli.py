@@ -1,12 +1,14 @@
 """A signature as a command line, failures in one line, progress and memory: all without torch."""
 
 import contextlib
+import ctypes
 import difflib
 import inspect
 import io
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -29,6 +31,7 @@ LOST_PEER = (  # as gloo and nccl word it
     "remote process exited",
 )
 _RANK = int(os.environ.get("RANK", 0))  # as torchrun gives it, before there is a process group
+_PARENT = os.getppid()
 
 
 def run(main: Callable[..., None], options: type | None = None) -> None:
@@ -38,6 +41,15 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     What the user got wrong (ValueError, OSError) or the machine cannot give becomes one line on
     stderr and exit code 1. When ranks fail, whichever is first says so, and torchrun ends all.
     """
+    end_with_torchrun()
+    try:
+        _run(main, options)
+    except KeyboardInterrupt:  # at any moment: torch alone takes seconds to import
+        say("interrupted")
+        os._exit(130)
+
+
+def _run(main: Callable[..., None], options: type | None) -> None:
     try:
         flags = parse_flags(options or main)
         if options:
@@ -49,14 +61,20 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     try:
         main(**flags)
         parallel.leave_together()
-    except KeyboardInterrupt:
-        say("interrupted")
-        os._exit(130)
     except Exception as error:
         message = _explain(error)
         if message is None and parallel.world_size() == 1:
             raise
         _fail(message or traceback.format_exc(), *parallel.how_to_fail())
+
+
+def end_with_torchrun() -> None:
+    """Have this rank killed when torchrun is: or it would go on alone, and write."""
+    if "RANK" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != _PARENT:  # it was killed before
+            os._exit(1)
 
 
 def _explain(error: Exception) -> str | None:

@@ -164,7 +164,7 @@ def naming_refusals(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is None:  # named already, further inside
             raise
         reason = shown(str(getattr(error, "strerror", None) or error))
-        there = next(parent for parent in path.absolute().parents if parent.exists())
+        there = next(x for x in (path.absolute(), *path.absolute().parents) if x.exists())
         free = shutil.disk_usage(there).free
         raise OSError(f"{path}: cannot be written: {reason} ({free:,} bytes free)") from None
 

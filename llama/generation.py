@@ -11,7 +11,7 @@ import torch.distributed as dist
 from llama import parallel
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.weights import parse_dtype
-from llama.cli import check_at_least, shown
+from llama.cli import check_at_least, end_with_torchrun, shown
 from llama.model import KVCache, Transformer
 from llama.options import check_sampling
 from llama.tokenizer import Tokenizer
@@ -67,6 +67,7 @@ class LLaMA:
         began = time.perf_counter()
         wanted = parse_dtype(dtype)
         check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        end_with_torchrun()
         device = parallel.setup()
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
         model = load_model(ckpt, device, wanted)

@@ -2,10 +2,7 @@
 
 import atexit
 import contextlib
-import ctypes
 import os
-import signal
-import sys
 import time
 
 import torch
@@ -31,7 +28,6 @@ def setup() -> torch.device:
     if _device is None:
         _device = _take_device()
         if "RANK" in os.environ:
-            _end_with_parent()
             _store, rank, size = next(dist.rendezvous("env://"))
         else:
             _store, rank, size = dist.HashStore(), 0, 1
@@ -66,13 +62,6 @@ def _take_device() -> torch.device:
     index = 0 if torch._C._cuda_getDeviceCount() == 1 else local_rank
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def _end_with_parent() -> None:
-    """Have this rank killed when torchrun is: or it would go on alone, and write."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def leave() -> None:

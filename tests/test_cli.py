@@ -129,6 +129,24 @@ def test_what_the_machine_cannot_give_is_one_line(monkeypatch, capfd, fail, mess
     assert len(error) < 2100
 
 
+@pytest.mark.parametrize(
+    ("torch_does", "environment", "code", "message"),
+    [
+        ("raise KeyboardInterrupt", {}, 130, "interrupted\n"),
+        # torchrun was killed before: nothing else would end the rank
+        ("pass", {"RANK": "0", "_PARENT": "0"}, 1, ""),
+    ],
+)
+def test_a_script_ends_while_torch_is_imported(tmp_path, torch_does, environment, code, message):
+    (tmp_path / "torch.py").write_text(torch_does)
+    lines = ["import os", "from llama import cli", "cli.run(lambda: print(1))"]
+    lines.insert(2, "cli._PARENT = int(os.environ.get('_PARENT', cli._PARENT))")
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    paths = {"PYTHONPATH": f"{tmp_path}:{REPO}"}
+    result = run_script(tmp_path / "script.py", env=os.environ | paths | environment)
+    assert (result.returncode, result.stderr, result.stdout) == (code, message, "")
+
+
 def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path):
     torch.save(torch.ones(16 << 20), tmp_path / "x.pth")  # 64 MB
     mapped = torch.load(tmp_path / "x.pth", mmap=True)

@@ -3,6 +3,7 @@
 Start reading at tune(), a run in this process, and tune_on_ranks(), one as a user starts it.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -270,21 +271,38 @@ def test_a_second_run_in_a_folder_is_told_at_once(tmp_path):
         tune(tmp_path, "out", dataset_path="none")
 
 
-def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_room_is_all_it_takes(tmp_path, tuned):
-    make_ckpt(tmp_path / "ckpt1", **MODEL)
+@contextlib.contextmanager
+def full_disk(size: int):
+    """Let no file grow beyond a size, which the system refuses as it does on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # as a full disk does, the system then refuses to let a file grow
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"checkpoint-2.*cannot be written: .* bytes free"
-        ) as error:
-            tune(tmp_path, "out")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_room_is_all_it_takes(tmp_path, tuned):
+    make_ckpt(tmp_path / "ckpt1", **MODEL)
+    message = r"checkpoint-2.*cannot be written: .* bytes free"
+    with full_disk(6000), pytest.raises(OSError, match=message) as error:
+        tune(tmp_path, "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()  # nothing was saved before
     assert_same_outcome(tune(tmp_path, "out"), tuned[1])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "loss.png"])
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_run_resumes(tmp_path, tuned, name):
+    out = shutil.copytree(tuned[1], tmp_path / "out")
+    make_ckpt(tmp_path / "ckpt1", **MODEL)
+    (out / ".adapter.partial").mkdir()  # as a run leaves it that is killed here
+    room = (out / name).stat().st_size - 1
+    with full_disk(room), pytest.raises(OSError, match=r"out: cannot be written: .* free") as error:
+        tune(tmp_path, "out", resume=True)
+    assert "\n" not in str(error.value)
+    assert_same_outcome(tune(tmp_path, "out", resume=True), tuned[1])
+    assert not list(out.glob(".*"))
 
 
 def test_a_finished_run_resumes_to_what_it_was_and_can_be_extended(tuned):

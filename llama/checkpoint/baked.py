@@ -6,6 +6,7 @@ the prompt gives. The prompt comes before BOS, so the tokenizer adds none any mo
 
 import math
 
+import numpy as np
 import torch
 
 from llama.checkpoint.folder import whole_sha256
@@ -34,8 +35,8 @@ class BakedSource(Source):
             source.check_sha256(name, whole_sha256(source, name))
         n_new = vocab_size - args.vocab_size
         unwanted = unwanted_token(vocabulary)
-        # A row of zeros would win where all other logits are negative. A copy of a token's row never
-        # does, as of equals the first is taken; and what is never wanted is never sampled.
+        # A row of zeros would win where all other logits are negative. A copy of a token's row does
+        # not, as of equals the first is taken; and what is never wanted is never sampled.
         copy = source.read(OUTPUT, 0, unwanted, unwanted + 1)
         rows = torch.zeros(n_new, args.dim, dtype=source.dtype)
         rows[: len(prompt)] = prompt
@@ -79,12 +80,15 @@ def with_prompt(vocabulary: dict, length: int, vocab_size: int) -> dict:
     pads = [f"<|soft_pad_{i}|>" for i in range(vocab_size - len(tokens) - length)]
     added = {
         "tokenizer.ggml.tokens": [*tokens, *soft, *pads],
-        "tokenizer.ggml.token_type": [*types, *[CONTROL] * length, *[UNUSED] * len(pads)],
+        "tokenizer.ggml.token_type": np.array(
+            [*types, *[CONTROL] * length, *[UNUSED] * len(pads)], np.int32
+        ),
         "tokenizer.ggml.add_bos_token": False,
     }
     if "tokenizer.ggml.scores" in vocabulary:
-        zeros = [0.0] * (length + len(pads))
-        added["tokenizer.ggml.scores"] = [*vocabulary["tokenizer.ggml.scores"], *zeros]
+        zeros = np.zeros(length + len(pads), np.float32)
+        scores = vocabulary["tokenizer.ggml.scores"]
+        added["tokenizer.ggml.scores"] = np.concatenate((scores, zeros))
     bos = ""
     if vocabulary["tokenizer.ggml.add_bos_token"]:
         bos = tokens[vocabulary["tokenizer.ggml.bos_token_id"]]

@@ -10,9 +10,9 @@ from llama.checkpoint.gguf import GGUFFile, write_gguf
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
 from llama.checkpoint.vocabulary import vocabulary_of
-from llama.checkpoint.weights import Source, check_shard_count, parse_dtype
+from llama.checkpoint.weights import Source, parse_dtype
 from llama.checkpoint.write import write_checkpoint, write_files
-from llama.cli import byte_bar, say
+from llama.cli import byte_bar
 from llama.files import new_folder
 from llama.tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ def _hf_files(source: Source) -> dict[str, bytes | Path]:
 
 
 def verify(source: Source, out_dir: Path) -> None:
-    """Read everything again that was written from a source; ValueError where it is not as it was."""
+    """Read again what was written from a source; ValueError for what differs."""
     written = open_any(out_dir)
 
     def differs(name: str) -> bool:

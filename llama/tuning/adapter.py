@@ -1,7 +1,6 @@
 """A soft prompt in and out of files: PEFT's adapter folders, and older single files."""
 
 import reprlib
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from llama import cli
-from llama.files import load_plain, read_json, sha256_of, write_json, write_whole
+from llama.files import (
+    load_plain,
+    partial_name,
+    read_json,
+    remove,
+    sha256_of,
+    write_json,
+    write_whole,
+)
 from llama.model import Transformer
 
 if TYPE_CHECKING:  # to read an adapter needs neither PEFT nor transformers, which load slowly
@@ -65,13 +72,18 @@ def _prompt_in(path: Path) -> torch.Tensor:
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:
     """Write a standard PEFT adapter into a folder, each file whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
+    made = partial_name(folder / "adapter")
+    remove(made)  # of a run that was killed
+    made.mkdir()
+    try:
         # False: there are no embedding layers to save, and PEFT need not ask a hub about them.
-        model.save_pretrained(made, save_embedding_layers=False)
-        write_json(Path(made) / BASE, base_model_facts(model.get_base_model().transformer))
-        for file in Path(made).iterdir():
+        model.save_pretrained(str(made), save_embedding_layers=False)
+        write_json(made / BASE, base_model_facts(model.get_base_model().transformer))
+        for file in made.iterdir():
             with write_whole(folder / file.name) as partial:
                 file.rename(partial)
+    finally:
+        remove(made)
 
 
 def base_model_facts(transformer: Transformer) -> dict:

@@ -136,10 +136,11 @@ class PromptTrainer(transformers.Trainer):
     def save(self, folder: Path) -> None:
         """Write, by rank 0, the adapter, the state of the run and the picture of its losses."""
         if parallel.rank() == 0:
-            save_adapter(self.model, folder)
-            with write_whole(folder / STATE) as partial:
-                self.state.save_to_json(str(partial))
-            plot_losses(self.state.log_history, folder / "loss.png")
+            with naming_refusals(folder):
+                save_adapter(self.model, folder)
+                with write_whole(folder / STATE) as partial:
+                    self.state.save_to_json(str(partial))
+                plot_losses(self.state.log_history, folder / "loss.png")
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Write a checkpoint, by rank 0: the whole folder or nothing. The Trainer calls this."""
