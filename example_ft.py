@@ -12,7 +12,7 @@ def main(flags: TunedGenerationOptions) -> None:
     """Do as example.py does, with the tuned prompt in front of every prompt."""
     # here and not above, so that --help need not wait for torch
     from llama import LLaMA
-    from llama.prompts import print_completions, read_prompts, report
+    from llama.prompts import print_completions, read_prompts, report, with_special_tokens
     from llama.tuning.adapter import load_soft_prompt, warn_of_another_model
 
     memory = cli.MemoryWatch(interval=0.05)
@@ -22,8 +22,9 @@ def main(flags: TunedGenerationOptions) -> None:
     )
     generator.soft_prompt = load_soft_prompt(flags.tuning_ckpt_path, generator.model.args.dim)
     warn_of_another_model(flags.tuning_ckpt_path, generator.model)
+    given = with_special_tokens(prompts, generator) if flags.special_tokens else prompts
     outputs = generator.generate(
-        prompts, flags.max_gen_len, flags.temperature, flags.top_p, flags.seed
+        given, flags.max_gen_len, flags.temperature, flags.top_p, flags.seed
     )
     print_completions(prompts, outputs)
     report(generator.timing, memory)

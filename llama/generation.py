@@ -76,7 +76,7 @@ class LLaMA:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | list[int]],
         max_gen_len: int = 256,
         temperature: float = 0.8,
         top_p: float = 0.95,
@@ -84,6 +84,8 @@ class LLaMA:
     ) -> list[Output]:
         """Continue each prompt until its end of sequence, max_gen_len tokens or max_seq_len.
 
+        A prompt is a text, or its token ids, taken as they are: tokenizer.encode(…,
+        special_tokens=True) makes those of a text with special tokens in it.
         temperature 0 is greedy; top_p keeps the likeliest tokens that sum to it (Holtzman et al.,
         2020); a seed makes sampling repeatable. Raises ValueError for a prompt that leaves no room
         in max_seq_len, before any work is done, for logits that are NaN or infinite, and for files
@@ -92,8 +94,9 @@ class LLaMA:
         if isinstance(prompts, str) or not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
         check_sampling(max_gen_len, temperature, top_p, seed)
-        encoded = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        names = [f"prompt {i} ({shown(prompt, 40)!r})" for i, prompt in enumerate(prompts, 1)]
+        encoded = [self.tokenizer.encode(x) if isinstance(x, str) else list(x) for x in prompts]
+        texts = [x if isinstance(x, str) else self.tokenizer.decode(x) for x in prompts]
+        names = [f"prompt {i} ({shown(text, 40)!r})" for i, text in enumerate(texts, 1)]
         self._check_lengths(names, encoded)
         generator = torch.Generator(self.device)
         if seed is None:

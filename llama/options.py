@@ -17,6 +17,7 @@ class GenerationOptions:
         ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
         tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
         prompts_file: your prompts, one a line; or a .jsonl file of {"prompt": "..."} lines.
+        special_tokens: take names of special tokens in prompts, as <|eot_id|>, for these tokens.
         max_gen_len: the most tokens to generate after a prompt.
         temperature: 0 always takes the likeliest token; higher is more varied.
         top_p: sample among the likeliest tokens that sum to this probability.
@@ -29,6 +30,7 @@ class GenerationOptions:
     ckpt_dir: str
     tokenizer_path: str
     prompts_file: str | None = None
+    special_tokens: bool = False
     max_gen_len: int = 256
     temperature: float = 0.8
     top_p: float = 0.95

@@ -6,7 +6,7 @@ from pathlib import Path
 from llama import parallel
 from llama.cli import MemoryWatch, say
 from llama.files import check_text, parse_json, read_lines
-from llama.generation import Output, Timing
+from llama.generation import LLaMA, Output, Timing
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
 EXAMPLES = Path(__file__).parents[1] / "datasets" / "example_prompts.jsonl"
@@ -28,6 +28,11 @@ def read_prompts(path: str | None) -> list[str]:
     if not prompts:
         raise ValueError(f"{path}: no prompts in it; write one a line")
     return prompts
+
+
+def with_special_tokens(prompts: Sequence[str], generator: LLaMA) -> list[list[int]]:
+    """The token ids of prompts in which names of special tokens stand for these tokens."""
+    return [generator.tokenizer.encode(prompt, special_tokens=True) for prompt in prompts]
 
 
 def print_completions(prompts: Sequence[str], outputs: Sequence[Output]) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,11 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# Llama 3's special tokens, by their place behind the ranks; all others are reserved.
+LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"}
+LLAMA3_NAMES |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
+LLAMA3_NAMES |= {10: "python_tag"}
 
 # tiktoken's regular expressions run out of stack on long texts and its merging takes quadratic
 # time in a word's length, so texts are cut at the same places as by Meta's own tokenizer.
@@ -50,6 +56,7 @@ class Tokenizer:
     n_words: vocabulary size with the special tokens (the largest id + 1).
     bos_id: None where the file says that the model takes no beginning-of-sequence token.
     stop_ids: every id that ends an answer, eos_id among them.
+    special_tokens: the ids of tokens that no text becomes, by their names.
     pad_id: an id to fill with, eos_id where the file has none. Never recognise padding by it.
     """
 
@@ -58,6 +65,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     stop_ids: frozenset[int]
+    special_tokens: dict[str, int]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
     _decode: Callable[[list[int]], str]
     _special_ids: Container[int]  # those left out of a decoded text
@@ -76,16 +84,24 @@ class Tokenizer:
             load = {"json": self._load_json, "tiktoken": self._load_tiktoken}
             load.get(kind_of(data), self._load_sentencepiece)(data)
 
-    def encode(self, s: str, *, bos: bool = True, eos: bool = False) -> list[int]:
-        """Token ids of a text; the text of a special token inside s is plain text.
+    def encode(
+        self, s: str, *, bos: bool = True, eos: bool = False, special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids of a text; the name of a special token inside s is plain text.
 
-        bos puts bos_id in front (nothing where it is None), eos puts eos_id at the end.
+        bos puts bos_id in front (nothing where it is None), eos puts eos_id at the end. With
+        special_tokens, names in .special_tokens become their ids, and what is between is encoded.
         """
         # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
         # UTF-8) is no character: two of the three libraries would fail on it.
         s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        names = sorted(self.special_tokens, key=len, reverse=True) if special_tokens else []
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", s) if names else [s]
+        ids = []
         with self._guarded():
-            ids = self._encode(s)
+            for part in filter(None, parts):
+                special = self.special_tokens.get(part) if names else None
+                ids += self._encode(part) if special is None else [special]
         if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if eos:
@@ -139,6 +155,7 @@ class Tokenizer:
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else sp.eos_id()
         self.stop_ids = frozenset({sp.eos_id()})
         self._special_ids = {i for i in range(sp.vocab_size()) if sp.is_control(i)}
+        self.special_tokens = {sp.id_to_piece(i): i for i in self._special_ids}
 
     def _load_tiktoken(self, data: bytes) -> None:
         """Llama 3: lines of a base64 token and its rank; 256 special tokens follow the ranks."""
@@ -159,6 +176,7 @@ class Tokenizer:
         self.pad_id = first + 4  # <|finetune_right_pad_id|>
         self.stop_ids = frozenset({self.eos_id, first + 8, first + 9})  # <|eom_id|>, <|eot_id|>
         self._special_ids = range(first, first + 256)
+        self.special_tokens = dict(zip(llama3_special_tokens(), self._special_ids))
 
     def _load_json(self, data: bytes) -> None:
         """Hugging Face's tokenizer.json, with the tokenizer_config.json beside it if any."""
@@ -185,7 +203,9 @@ class Tokenizer:
             raise ValueError(
                 f"no end-of-sequence token; name one as eos_token in {config_path.name}"
             )
-        special = {i for i, token in rust.get_added_tokens_decoder().items() if token.special}
+        added = rust.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        special = set(self.special_tokens.values())
         pad_id = named_id("pad_token")
         # The call for many texts is the one that lets other threads run.
         self._encode = lambda s: rust.encode_batch([s], add_special_tokens=False)[0].ids
@@ -206,6 +226,13 @@ def kind_of(data: bytes) -> str:
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data):
         return "tiktoken"
     return "sentencepiece"
+
+
+def llama3_special_tokens() -> list[str]:
+    """The names of the special tokens behind Llama 3's ranks, as its model card has them."""
+    reserved = itertools.count()
+    names = (LLAMA3_NAMES.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256))
+    return [f"<|{name}|>" for name in names]
 
 
 def tiktoken_ranks(data: bytes) -> dict[bytes, int]:

@@ -51,9 +51,11 @@ class BakedSource(Source):
         new, n_before = self.new_rows[name], self.source.args.vocab_size
         if dim == 1:
             return torch.cat((self.source.read(name, 1, start, stop).to(new), new[:, start:stop]))
-        stop = len(new) + n_before if stop is None else stop
-        before = self.source.read(name, 0, min(start, n_before), min(stop, n_before)).to(new)
-        return torch.cat((before, new[max(start - n_before, 0) : max(stop - n_before, 0)]))
+        stop = n_before + len(new) if stop is None else stop
+        rows = [new[max(start - n_before, 0) : max(stop - n_before, 0)]]
+        if start < n_before:
+            rows.insert(0, self.source.read(name, 0, start, min(stop, n_before)).to(new))
+        return torch.cat(rows)
 
     def check_sha256(self, name: str, sha256: str) -> None:
         """Raise ValueError if this is not the SHA-256 of a weight, where one is known."""

@@ -18,7 +18,7 @@ from llama.checkpoint.gguf_tokenizer import (
     USER_DEFINED,
 )
 from llama.checkpoint.params import check_values
-from llama.tokenizer import kind_of, tiktoken_ranks
+from llama.tokenizer import kind_of, llama3_special_tokens, tiktoken_ranks
 
 # How a tokenizer.json turns spaces into SentencePiece's mark.
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -32,10 +32,6 @@ NORMALIZER = {
     4: ("remove_extra_whitespaces", 1, 0),
     5: ("escape_whitespaces", 1, 1),
 }
-# Llama 3's special tokens, by their place behind the ranks; all others are reserved.
-LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"}
-LLAMA3_NAMES |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
-LLAMA3_NAMES |= {10: "python_tag"}
 
 
 @dataclass
@@ -89,10 +85,8 @@ def _tiktoken(data: bytes) -> Vocabulary:
         return "".join(letters[byte] for byte in token)
 
     tokens = {rank: (shown(token), NORMAL, 0.0) for token, rank in ranks.items()}
-    reserved = itertools.count()
-    for i in range(256):
-        name = LLAMA3_NAMES.get(i) or f"reserved_special_token_{next(reserved)}"
-        tokens[len(ranks) + i] = (f"<|{name}|>", CONTROL, 0.0)
+    for i, name in enumerate(llama3_special_tokens(), len(ranks)):
+        tokens[i] = (name, CONTROL, 0.0)
     merged = (_parts(token, ranks) for token in sorted(ranks, key=ranks.get))
     merges = [f"{shown(parts[0])} {shown(parts[1])}" for parts in merged if len(parts) == 2]
     return Vocabulary(tokens, {"model": "gpt2", "pre": "llama-bpe", "merges": merges})
