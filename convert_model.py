@@ -1,34 +1,76 @@
-"""Turn a Llama of any format into Meta's format, tokenizer included.
+"""Turn a Llama of any format into any other, tokenizer included, with a tuned prompt if you like.
 
 python convert_model.py --from model.gguf --out_dir ckpts/NAME
+python convert_model.py --from ckpts/NAME --out_dir out/NAME --to gguf --tuning_ckpt_path saved/NAME
 """
 
 from llama import cli
 
 
-def main(from_: str, out_dir: str, n: int = 1, dtype: str | None = None) -> None:
-    """Turn a GGUF file, a Hugging Face folder or a folder in Meta's format into Meta's format.
+def main(
+    from_: str,
+    out_dir: str,
+    to: str = "meta",
+    n: int = 1,
+    dtype: str | None = None,
+    tuning_ckpt_path: str | None = None,
+    prompts_file: str | None = None,
+    consolidated: bool = False,
+    verify: bool = False,
+) -> None:
+    """Turn a GGUF file, a Hugging Face folder or a folder in Meta's format into another format.
 
     Args:
         from_: a .gguf file or a folder with one, a Hugging Face folder, or one in Meta's format.
         out_dir: folder to write; it receives the tokenizer too.
-        n: how many shards to write.
-        dtype: float32, bfloat16 or float16; by default what the source holds (quantised: float32).
+        to: meta, hf (Hugging Face), gguf (llama.cpp), or prompt_embeds (prompts as tensors, as vLLM
+            takes them).
+        n: how many shards to write, in Meta's format.
+        dtype: float32, bfloat16 or float16, for gguf also q8_0; by default what the source holds
+            (quantised: float32).
+        tuning_ckpt_path: a tuned prompt, to become new tokens of the model's vocabulary.
+        prompts_file: for prompt_embeds: your prompts, as example.py reads them.
+        consolidated: name shards in Meta's format consolidated.00.pth, as Meta does.
+        verify: read again what was written, and compare it with the source.
     """
     # here and not above, so that --help need not wait for torch
     from llama import parallel
-    from llama.checkpoint.convert import open_any
-    from llama.checkpoint.weights import parse_dtype, valid_shard_counts
-    from llama.checkpoint.write import write_checkpoint
+    from llama.checkpoint.convert import bake, check_target, convert, open_any, verify_written
+    from llama.checkpoint.embeds import write_embeds
+    from llama.checkpoint.weights import valid_shard_counts
+    from llama.prompts import read_prompts
+    from llama.tuning.adapter import load_soft_prompt
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
-    wanted = parse_dtype(dtype)
-    source = open_any(from_)
-    write_checkpoint(source, out_dir, n, wanted)
+    check_target(to, n, dtype, consolidated, prompts_file)
+    source, prompt = open_any(from_), None
+    if tuning_ckpt_path is not None:
+        prompt = load_soft_prompt(tuning_ckpt_path, source.args.dim)
+    if to == "prompt_embeds":
+        write_embeds(source, out_dir, read_prompts(prompts_file), prompt)
+        print(f"{out_dir}: prompts.jsonl names the file of each prompt: a tensor (tokens, dim)")
+        return
+    if prompt is not None:
+        source = bake(source, prompt)
+    convert(source, out_dir, to, n, dtype, consolidated)
+    if verify:
+        verify_written(source, out_dir)
+    print(f"{out_dir}: {cli.counted(n, 'shard') if to == 'meta' else 'written'}"
+          f"{', and read again: as it should be' * verify}")  # fmt: skip
     counts = ", ".join(map(str, valid_shard_counts(source.args)))
-    print(f"{out_dir}: {cli.counted(n, 'shard')}. For N cards, N among {counts}: "
-          f"python split_model.py --ckpt_dir {out_dir} --n N")  # fmt: skip
+    commands = {
+        "meta": f"generate: torchrun --nproc_per_node {n} example.py --ckpt_dir {out_dir} "
+        f"--tokenizer_path {out_dir}\nfor N cards, N among {counts}: "
+        f"python split_model.py --ckpt_dir {out_dir} --n N",
+        "hf": f"transformers: AutoModelForCausalLM.from_pretrained({out_dir!r}), and AutoTokenizer",
+        "gguf": f"llama.cpp: llama-cli --model {out_dir}/*.gguf\n"
+        f"Ollama: ollama create NAME --file {out_dir}/Modelfile",
+    }
+    print(commands[to])
+    if prompt is not None:
+        print("chats begin with the tuned prompt by themselves; raw prompts need this in front "
+              f"(for example.py with --special_tokens): {source.prefix}")  # fmt: skip
 
 
 if __name__ == "__main__":

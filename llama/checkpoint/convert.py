@@ -1,21 +1,25 @@
 """Open a checkpoint of any format, and write it in any."""
 
+import os
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.baked import BakedSource
 from llama.checkpoint.folder import Checkpoint, hash_threads
-from llama.checkpoint.gguf import GGUFFile, write_gguf
+from llama.checkpoint.gguf import WRITTEN, GGUFFile, write_gguf
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
+from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.checkpoint.write import write_checkpoint, write_files
 from llama.cli import byte_bar
 from llama.files import new_folder
+from llama.options import DTYPES
 from llama.tokenizer import Tokenizer
 
+TARGETS = {"meta": DTYPES, "hf": DTYPES, "gguf": tuple(WRITTEN), "prompt_embeds": ()}
 ACCEPTED = (
     "give a .gguf file, a folder with one, a Hugging Face folder (config.json and safetensors) "
     "or a folder in Meta's format (params.json)"
@@ -64,14 +68,40 @@ def vocabulary_in(source: Source) -> dict:
     return vocabulary_of(files, source.args.vocab_size)
 
 
-def convert(source: Source, out_dir: Path, to: str, n: int = 1, dtype: str | None = None) -> None:
+def check_target(
+    to: str, n: int, dtype: str | None, consolidated: bool, prompts_file: str | None
+) -> None:
+    """Raise ValueError, naming the flag, for what a target does not have."""
+    if to not in TARGETS:
+        raise ValueError(f"--to must be one of {', '.join(TARGETS)}, not {to!r}")
+    if dtype is not None and dtype not in TARGETS[to]:
+        wanted = f"one of {', '.join(TARGETS[to])}" if TARGETS[to] else "left out"
+        raise ValueError(f"--dtype must be {wanted} with --to {to}, not {dtype!r}")
+    others = {"meta": {"n": n != 1, "consolidated": consolidated}}
+    others["prompt_embeds"] = {"prompts_file": prompts_file is not None}
+    for only, given in others.items():
+        for name in given:
+            if given[name] and to != only:
+                raise ValueError(f"--{name} goes with --to {only} alone, not with --to {to}")
+
+
+def convert(
+    source: Source,
+    out_dir: str | Path,
+    to: str,
+    n: int = 1,
+    dtype: str | None = None,
+    consolidated: bool = False,
+) -> None:
     """Write a model as a folder in Meta's format (meta), Hugging Face's (hf), or with a GGUF file.
 
-    n: shards, in Meta's format. The folder appears whole or not at all. Raises ValueError for what
-    the format cannot express.
+    n: shards, in Meta's format; consolidated: under Meta's own names. The folder appears whole or
+    not at all. Raises ValueError for what the format cannot express.
     """
+    out_dir = Path(os.path.abspath(out_dir))
     if to == "meta":
-        write_checkpoint(source, out_dir, n, parse_dtype(dtype))
+        prefix = "consolidated" if consolidated else "fs_consolidated"
+        write_checkpoint(source, out_dir, n, parse_dtype(dtype), prefix)
     elif to == "hf":
         with new_folder(out_dir) as folder:
             write_files(folder, _hf_files(source))
@@ -83,6 +113,7 @@ def convert(source: Source, out_dir: Path, to: str, n: int = 1, dtype: str | Non
         with new_folder(out_dir) as folder:
             path = folder / f"{out_dir.name}-{dtype}.gguf"
             write_gguf(source, path, dtype, vocabulary, exact=isinstance(source, BakedSource))
+            write_files(folder, {"Modelfile": modelfile(path.name, vocabulary).encode()})
 
 
 def _hf_files(source: Source) -> dict[str, bytes | Path]:
@@ -92,7 +123,7 @@ def _hf_files(source: Source) -> dict[str, bytes | Path]:
     return tokenizer_files(vocabulary_in(source), source.args.vocab_size)
 
 
-def verify(source: Source, out_dir: Path) -> None:
+def verify_written(source: Source, out_dir: str | Path) -> None:
     """Read again what was written from a source; ValueError for what differs."""
     written = open_any(out_dir)
 

@@ -20,7 +20,11 @@ from llama.files import bytes_of, naming_refusals, new_folder, write_json
 
 
 def write_checkpoint(
-    source: Source, out_dir: str | Path, n: int = 1, dtype: torch.dtype | None = None
+    source: Source,
+    out_dir: str | Path,
+    n: int = 1,
+    dtype: torch.dtype | None = None,
+    prefix: str = "fs_consolidated",
 ) -> None:
     """Write source as a folder of n shards with its manifest, which appears whole or not at all.
 
@@ -31,12 +35,13 @@ def write_checkpoint(
     out_dir, dtype = Path(os.path.abspath(out_dir)), dtype or source.dtype
     check_shard_count(source.args, n, f"the model to be written to {out_dir}")
     with new_folder(out_dir) as folder:
-        hashes = _write_shards(source, folder, n, dtype)
+        paths = [folder / shard_name(i, prefix) for i in range(n)]
+        hashes = _write_shards(source, paths, dtype)
         write_files(folder, source.files)
         write_json(folder / "params.json", source.params)
         described = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
         weights = {name: described[name] | hashes[name] for name in described}
-        shards = {shard_name(i): (folder / shard_name(i)).stat().st_size for i in range(n)}
+        shards = {path.name: path.stat().st_size for path in paths}
         files = {name: describe_file(folder / name) for name in source.files}
         Manifest(source.params, weights, shards, files).write(folder)
 
@@ -50,10 +55,10 @@ def write_files(folder: Path, files: dict[str, bytes | Path]) -> None:
 
 
 def _write_shards(
-    source: Source, folder: Path, n: int, dtype: torch.dtype
+    source: Source, paths: list[Path], dtype: torch.dtype
 ) -> dict[str, dict[str, str | list[str]]]:
-    """Write all weights into n shards; what the manifest then says of the hashes of each."""
-    shards = _lay_out(source, folder, n, dtype)
+    """Write all weights into shards; what the manifest then says of the hashes of each."""
+    shards = _lay_out(source, paths, dtype)
     write = functools.partial(_write_weight, source, shards=shards, dtype=dtype)
     return write_weights(source, shards, list(source.shapes), write)
 
@@ -119,15 +124,15 @@ def tensor_ranges(path: Path) -> list[tuple[int, int]]:
     return [ranges[number] for number in sorted(ranges)]
 
 
-def _lay_out(source: Source, folder: Path, n: int, dtype: torch.dtype) -> list[LaidOutFile]:
-    """Make n shard files with their disk space taken, to be filled."""
+def _lay_out(source: Source, paths: list[Path], dtype: torch.dtype) -> list[LaidOutFile]:
+    """Make the shards' files, to be filled."""
+    n = len(paths)
     shapes = {
         name: cut_of(name, source.args, n).shape(shape) for name, shape in source.shapes.items()
     }
-    check_space(folder, n * sum(map(math.prod, shapes.values())) * dtype.itemsize)
+    check_space(paths[0].parent, n * sum(map(math.prod, shapes.values())) * dtype.itemsize)
     shards = []
-    for i in range(n):
-        path = folder / shard_name(i)
+    for path in paths:
         # Never touched, so these take address space but no memory.
         empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         with naming_refusals(path), torch.serialization.skip_data():
