@@ -1,5 +1,6 @@
 """What GGUF says of a tokenizer gives the ids of the tokenizer's files, here and in llama.cpp."""
 
+import base64
 import functools
 import json
 import random
@@ -45,6 +46,7 @@ def real_meta(name: str) -> dict:
 
 
 def tokenizer_of(folder, files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer in these files."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return Tokenizer(folder)
@@ -67,17 +69,17 @@ def test_llama_cpp_gives_the_same_ids(tmp_path, name):
     original, n = tokenizer_of(tmp_path, files_of(name)), SIZES[name] + 64
     small = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "vocab_size": n}
     write_gguf(tmp_path / "m.gguf", tied=True, meta=real_meta(name), **small)
-    params = xllamacpp.CommonParams()
+    params = xllamacpp.CommonParams()  # those of llama.cpp's own server
     params.model.path = str(tmp_path / "m.gguf")
     params.n_ctx, params.n_parallel, params.warmup, params.port = 64, 1, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     for s in texts(2000):
-        body = json.dumps({"content": s, "add_special": False, "parse_special": False}).encode()
+        body = json.dumps({"content": s, "add_special": True, "parse_special": False}).encode()
         with urllib.request.urlopen(f"{server.listening_address}/tokenize", body) as answer:
             ids = json.load(answer)["tokens"]
         if not (name == "json" and WITHOUT_TOKEN.search(s)):
-            assert ids == original.encode(s, bos=False), s
+            assert ids == original.encode(s), s
 
 
 def test_the_words_of_the_smollm2_file_come_back():
@@ -203,6 +205,13 @@ def test_a_tokenizer_json_that_gguf_cannot_express_is_named(name):
     files["tokenizer.json"] = json.dumps(content).encode()
     with pytest.raises(ValueError, match=message):
         vocabulary_of(files, 320)
+
+
+def test_an_endless_tiktoken_token_is_an_error():
+    lines = TOKENIZERS["tiktoken"][0].read_bytes().splitlines()[:256]
+    lines.append(base64.b64encode(b"a" * 1000) + b" 256")
+    with pytest.raises(ValueError, match="a token has 1,000 bytes"):
+        vocabulary_of({"tokenizer.model": b"\n".join(lines)}, 513)
 
 
 def test_too_few_rows_and_no_files_are_errors():

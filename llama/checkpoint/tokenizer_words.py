@@ -12,6 +12,7 @@ import tokenizers
 from llama.checkpoint.gguf_tokenizer import (
     BYTE,
     CONTROL,
+    LONGEST_MERGED,
     NORMAL,
     PRE_TOKENIZERS,
     UNKNOWN,
@@ -77,6 +78,8 @@ def _sentencepiece(data: bytes) -> Vocabulary:
 def _tiktoken(data: bytes) -> Vocabulary:
     """Llama 3's file: byte-level tokens by rank; the special ones behind have no place in it."""
     ranks = tiktoken_ranks(data)
+    if (longest := max(map(len, ranks))) > LONGEST_MERGED:
+        raise ValueError(f"a token has {longest:,} bytes")
     printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = map(chr, itertools.count(256))
     letters = [chr(byte) if byte in printed else next(others) for byte in range(256)]  # GPT-2's
