@@ -2,7 +2,10 @@
 
 python benchmarks/reshard.py                                # 500 MB float32, 1 to 2
 python benchmarks/reshard.py --billion --from_n 1 --n 4     # 2.2 GB bfloat16
+python benchmarks/reshard.py --billion --convert            # into other formats as well
 """
+
+import base64
 
 import shutil
 import statistics
@@ -23,6 +26,7 @@ from llama.checkpoint.write import write_checkpoint
 SMALL = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 26000}
 BILLION = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000}
 ROUNDS = 5
+TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))  # of bytes
 REPO = Path(__file__).parent.parent
 
 
@@ -57,13 +61,16 @@ def measure(command: list[str], out: Path) -> tuple[float, float]:
     return seconds, watch.peak / 1e6
 
 
-def main(billion: bool = False, from_n: int = 1, n: int = 2, ckpt_dir: str = "") -> None:
+def main(
+    billion: bool = False, from_n: int = 1, n: int = 2, convert: bool = False, ckpt_dir: str = ""
+) -> None:
     """Measure all in turns, in one run, and print medians and ratios.
 
     Args:
         billion: take the 1.1B-parameter model in bfloat16 and not the 500 MB one in float32.
         from_n: shards to begin with.
         n: shards to cut into.
+        convert: also write a Hugging Face folder and GGUF files.
         ckpt_dir: cut this folder as upstream does, into one named out beside it. Not for users.
     """
     if ckpt_dir:
@@ -72,7 +79,9 @@ def main(billion: bool = False, from_n: int = 1, n: int = 2, ckpt_dir: str = "")
     folder = Path(tempfile.mkdtemp())
     source, out = folder / "ckpt", folder / "out"
     params, dtype = (BILLION, torch.bfloat16) if billion else (SMALL, torch.float32)
-    write_checkpoint(random_source(params, dtype), source, from_n)
+    model = random_source(params, dtype)
+    model.files["tokenizer.model"] = TOKENIZER
+    write_checkpoint(model, source, from_n)
     size = sum(path.stat().st_size for path in source.iterdir()) / 1e6
     flags = ["--ckpt_dir", str(source), "--n", str(n), "--out_dir", str(out)]
     commands = {
@@ -83,6 +92,10 @@ def main(billion: bool = False, from_n: int = 1, n: int = 2, ckpt_dir: str = "")
         "split_model.py": [sys.executable, "split_model.py", *flags],
         "load all, cut, save": [sys.executable, __file__, *flags[:4]],
     }
+    for name, to in (("hf", "hf"), ("gguf", "gguf"), ("q8_0", "gguf --dtype q8_0")):
+        if convert:
+            arguments = f"convert_model.py --from {source} --out_dir {out} --to {to}".split()
+            commands[f"convert_model.py {name}"] = [sys.executable, *arguments]
     results = {name: [] for name in commands}
     for _ in range(ROUNDS):
         for name, command in commands.items():
@@ -93,9 +106,11 @@ def main(billion: bool = False, from_n: int = 1, n: int = 2, ckpt_dir: str = "")
     for name, (seconds, peak) in median.items():
         above = peak - median["import torch"][1]
         print(f"{name:20} {seconds:6.2f} s, peak {peak:6.0f} MB ({above:+.0f} to import torch)")
-    work = median["split_model.py"][0] - median["start-up"][0]
-    for copy in ("cp -r", "cp -r, sync"):  # split_model.py ends with its files on the disk
-        print(f"split_model.py after start-up: {work / median[copy][0]:.2f} times {copy}")
+    for name in filter(lambda name: "_model.py" in name, median):
+        work = median[name][0] - median["start-up"][0]
+        ratios = [f"{work / median[copy][0]:.2f} times {copy}" for copy in ("cp -r", "cp -r, sync")]
+        # What we write is on the disk at the end.
+        print(f"{name} after start-up: {' and '.join(ratios)}")
 
 
 if __name__ == "__main__":
