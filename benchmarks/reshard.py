@@ -6,7 +6,6 @@ python benchmarks/reshard.py --billion --convert            # into other formats
 """
 
 import base64
-
 import shutil
 import statistics
 import subprocess

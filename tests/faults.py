@@ -208,7 +208,7 @@ class Faults:
 
     def kills(self, n: int) -> None:
         """Kill ranks of ft_main.py at any moment, and resume, until so many kills were made."""
-        long = {"max_steps": 800, "save_steps": 10, "logging_steps": 5, "eval_steps": 400}
+        long = {"max_steps": 300, "save_steps": 10, "logging_steps": 5, "eval_steps": 150}
         killed = 0
         while killed < n:
             job = self.job("ft_main.py", self.choose.choice((2, 4)), **long)
