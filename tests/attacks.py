@@ -60,7 +60,7 @@ def damaged(kind: Kind, name: str, seed: int, files: Files) -> Files:
             try:
                 files[target] = way(files[target], choose)
                 break
-            except (ValueError, IndexError, TypeError, OverflowError):  # no way for this content
+            except (ValueError, LookupError, TypeError, OverflowError):  # no way for this content
                 ways.remove(way)
     kind.finish(files)
     return files
@@ -209,7 +209,7 @@ class Attacks:
         if "memory allocation of" in said:  # as Rust says it
             return "memory"
         errors = re.findall("(?m)^error: .*", said)  # as cli.time_limit() says it
-        named = len(errors) == 1 and str(self.folder) in errors[0]
+        named = len(errors) == 1 and (self.kind.named or str(self.folder)) in errors[0]
         return "refused" if process.exitcode == 1 and named else "abort"
 
     def _said(self) -> str:

@@ -41,6 +41,8 @@ from llama import LLaMA, cli, parallel
 from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
+from llama.checkpoint.modelfile import modelfile
+from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source
 from llama.checkpoint.write import write_checkpoint
 from llama.files import sha256_of
@@ -104,7 +106,12 @@ def make_sentencepiece(folder: Path) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(map(str, range(10**4, 11**4))),
             **{"model_writer": file, "vocab_size": 300, "model_type": "bpe", "num_threads": 1},
-            **{"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2},
+            **{
+                "byte_fallback": True,
+                "remove_extra_whitespaces": False,
+                "normalization_rule_name": "identity",
+                "minloglevel": 2,
+            },
         )
 
 
@@ -206,6 +213,14 @@ def read_tokenizer(folder: Path) -> object:
         assert all(0 <= i < tokenizer.n_words for i in (*ids, *stops)), "an id out of range"
         tokenizer.decode(ids).encode()
     tokenizer.decode(range(min(tokenizer.n_words, 400))).encode()
+
+
+def read_vocabulary(folder: Path) -> object:
+    """Put a tokenizer into GGUF's words, and Ollama's template beside it."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    vocabulary = vocabulary_of(files, VOCAB_SIZE)
+    assert len(vocabulary["tokenizer.ggml.tokens"]) == VOCAB_SIZE
+    modelfile("m.gguf", vocabulary).encode()
 
 
 def read_adapter(folder: Path) -> object:
@@ -354,6 +369,14 @@ KINDS = {
     "tokenizer_config": Kind(make_json_tokenizer, "tokenizer_config.json", JSON, read_tokenizer),
     "sentencepiece": Kind(make_sentencepiece, "*", (flip, odd_proto), read_tokenizer),
     "tiktoken": Kind(make_rows, "*.model", (odd_line, flip), read_tokenizer),
+    "vocabulary": Kind(
+        *(make_json_tokenizer, "tokenizer*", TOKENIZER, read_vocabulary),
+        **{"named": "tokenizer", "tries": 30},
+    ),
+    "pieces": Kind(
+        *(make_sentencepiece, "*", (flip, odd_proto), read_vocabulary),
+        **{"named": "tokenizer", "tries": 30},
+    ),
     "adapter": Kind(make_adapter, "*a[sd][ea]*", ADAPTER, read_adapter, tries=100),
     "old adapter": Kind(make_old_adapter, "*.bin", OLD_ADAPTER, read_adapter, tries=100),
     "checkpoint": Kind(make_run, "out/*", (any_way,), read_run, voucher=RUN, tries=100),

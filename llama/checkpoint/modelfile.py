@@ -51,9 +51,11 @@ def render(template: str, messages: list[dict], vocabulary: dict) -> str:
     added = vocabulary.get("tokenizer.ggml.add_bos_token")  # then whoever runs it adds BOS
     words = {"bos_token": "" if added else text_of("bos"), "eos_token": text_of("eos")}
     try:
-        with time_limit(TIME_LIMIT, f"after {TIME_LIMIT} s the chat template is still at work"):
+        with time_limit(
+            TIME_LIMIT, f"after {TIME_LIMIT} s the tokenizer's chat template is still at work"
+        ):
             return jinja.from_string(template).render(
                 messages=messages, add_generation_prompt=True, **words
             )
     except Exception as error:
-        raise ValueError(f"the chat template fails: {shown(str(error))}") from None
+        raise ValueError(f"the tokenizer's chat template fails: {shown(str(error))}") from None
