@@ -14,7 +14,7 @@ from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.checkpoint.write import write_checkpoint, write_files
-from llama.cli import byte_bar
+from llama.cli import byte_bar, say
 from llama.files import new_folder
 from llama.options import DTYPES
 from llama.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def vocabulary_in(source: Source) -> dict:
     """The tokenizer of a model in GGUF's words. Raises ValueError if it has none."""
     if isinstance(source, BakedSource):
         return source.vocabulary
-    if not source.files.keys() & {"tokenizer.model", "tokenizer.json"}:
+    if not has_tokenizer(source):
         raise ValueError(
             "the model has no tokenizer beside it: put its tokenizer.model or tokenizer.json into "
             "its folder"
@@ -66,6 +66,11 @@ def vocabulary_in(source: Source) -> dict:
         for name, content in source.files.items()
     }
     return vocabulary_of(files, source.args.vocab_size)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether a tokenizer lies beside a model."""
+    return bool(source.files.keys() & {"tokenizer.model", "tokenizer.json"})
 
 
 def check_target(
@@ -99,13 +104,15 @@ def convert(
     not at all. Raises ValueError for what the format cannot express.
     """
     out_dir = Path(os.path.abspath(out_dir))
+    if not has_tokenizer(source) and to != "gguf":  # which cannot be without one
+        say(f"{out_dir}: the model comes without a tokenizer: put its tokenizer there yourself")
     if to == "meta":
         prefix = "consolidated" if consolidated else "fs_consolidated"
         write_checkpoint(source, out_dir, n, parse_dtype(dtype), prefix)
     elif to == "hf":
         with new_folder(out_dir) as folder:
             write_files(folder, _hf_files(source))
-            tokenizer = Tokenizer(folder) if source.files else None
+            tokenizer = Tokenizer(folder) if has_tokenizer(source) else None
             write_hf(source, folder, parse_dtype(dtype) or source.dtype, tokenizer)
     else:
         dtype = dtype or str(source.dtype).removeprefix("torch.")
@@ -118,7 +125,7 @@ def convert(
 
 def _hf_files(source: Source) -> dict[str, bytes | Path]:
     """The tokenizer of a model as tokenizer.json, which transformers reads."""
-    if "tokenizer.json" in source.files or not source.files:
+    if "tokenizer.json" in source.files or not has_tokenizer(source):
         return source.files
     return tokenizer_files(vocabulary_in(source), source.args.vocab_size)
 
