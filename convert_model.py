@@ -69,8 +69,10 @@ def main(
     }
     print(commands[to])
     if prompt is not None:
-        print("chats begin with the tuned prompt by themselves; raw prompts need this in front "
-              f"(for example.py with --special_tokens): {source.prefix}")  # fmt: skip
+        has_template = "tokenizer.chat_template" in source.vocabulary
+        print("chats begin with the tuned prompt by themselves; raw " * has_template
+              + "prompts need this in front (for example.py with --special_tokens): "
+              + source.prefix)  # fmt: skip
 
 
 if __name__ == "__main__":
