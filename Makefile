@@ -6,9 +6,10 @@ DEMO := ckpts/SmolLM2-135M-Instruct
 TORCHRUN := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
 MODEL := --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3
 MINUTES ?= 20
-QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --temperature 0 --max_gen_len 80
+QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --max_gen_len 80
+BAKED := saved/short_answers_gguf
 
-.PHONY: install demo demo-ft test fuzz faults test-oldest lint clean
+.PHONY: install demo demo-ft demo-anywhere test fuzz faults test-oldest lint clean
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -27,8 +28,20 @@ demo: $(DEMO)_fs3/params.json
 
 # tune a prompt on the shipped instructions over three ranks, then show answers before and after
 demo-ft: saved/short_answers/adapter_config.json
-	$(TORCHRUN) example.py $(MODEL) $(QUESTIONS)
-	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --tuning_ckpt_path saved/short_answers
+	$(TORCHRUN) example.py $(MODEL) $(QUESTIONS) --temperature 0
+	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --temperature 0 \
+		--tuning_ckpt_path saved/short_answers
+
+# put that prompt into a GGUF file; show the answers given here, then those of llama.cpp
+demo-anywhere: $(BAKED)/Modelfile
+	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --temperature 0 \
+		--tuning_ckpt_path saved/short_answers
+	$(VENV)/bin/python benchmarks/answer_llama_cpp.py --gguf $(BAKED) $(QUESTIONS)
+
+$(BAKED)/Modelfile: saved/short_answers/adapter_config.json
+	rm -rf $(BAKED)
+	$(VENV)/bin/python convert_model.py --from $(DEMO)_fs3 --out_dir $(BAKED) --to gguf \
+		--tuning_ckpt_path saved/short_answers
 
 saved/short_answers/adapter_config.json: | $(DEMO)_fs3/params.json
 	$(TORCHRUN) ft_main.py $(MODEL) --dataset_path datasets/short_answers.json \
@@ -64,4 +77,4 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 saved/short_answers
+	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 saved/short_answers $(BAKED)

@@ -43,7 +43,7 @@ def main(
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
-    check_target(to, n, dtype, consolidated, prompts_file)
+    check_target(to, n, dtype, consolidated, prompts_file, verify)
     source, prompt = open_any(from_), None
     if tuning_ckpt_path is not None:
         prompt = load_soft_prompt(tuning_ckpt_path, source.args.dim)
@@ -69,8 +69,10 @@ def main(
     }
     print(commands[to])
     if prompt is not None:
-        print("chats begin with the tuned prompt by themselves; raw prompts need this in front "
-              f"(for example.py with --special_tokens): {source.prefix}")  # fmt: skip
+        has_template = "tokenizer.chat_template" in source.vocabulary
+        print("chats begin with the tuned prompt by themselves; raw " * has_template
+              + "prompts need this in front (for example.py with --special_tokens): "
+              + source.prefix)  # fmt: skip
 
 
 if __name__ == "__main__":

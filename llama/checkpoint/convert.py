@@ -74,7 +74,12 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def check_target(
-    to: str, n: int, dtype: str | None, consolidated: bool, prompts_file: str | None
+    to: str,
+    n: int,
+    dtype: str | None,
+    consolidated: bool,
+    prompts_file: str | None,
+    verify: bool,
 ) -> None:
     """Raise ValueError, naming the flag, for what a target does not have."""
     if to not in TARGETS:
@@ -82,6 +87,8 @@ def check_target(
     if dtype is not None and dtype not in TARGETS[to]:
         wanted = f"one of {', '.join(TARGETS[to])}" if TARGETS[to] else "left out"
         raise ValueError(f"--dtype must be {wanted} with --to {to}, not {dtype!r}")
+    if verify and to == "prompt_embeds":
+        raise ValueError("--verify compares weights, and prompt_embeds has none: leave it out")
     others = {"meta": {"n": n != 1, "consolidated": consolidated}}
     others["prompt_embeds"] = {"prompts_file": prompts_file is not None}
     for only, given in others.items():

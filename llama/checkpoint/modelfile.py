@@ -1,10 +1,10 @@
-"""Ollama's Modelfile beside a GGUF file: how Ollama is to put a prompt into the chat template."""
+"""Ollama's Modelfile beside a GGUF file: the chat template in Ollama's own language."""
 
-import datetime
+import contextlib
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llama.cli import shown, time_limit
+from llama.cli import say, shown, time_limit
 
 TIME_LIMIT = 30  # seconds for a template, which is a stranger's program
 
@@ -12,24 +12,63 @@ TIME_LIMIT = 30  # seconds for a template, which is a stranger's program
 def modelfile(name: str, vocabulary: dict) -> str:
     """Ollama's Modelfile for a GGUF file of this name with this metadata.
 
-    Ollama does not read the chat template in the file: it has a language of its own. So the
-    template is rendered around Ollama's words for the prompt and the system's message.
+    A chat template that fails, or is none of those that Ollama can have, is left out and told.
     """
-    template = vocabulary.get("tokenizer.chat_template")
-    prefix = vocabulary.get("llama.soft_prompt.prefix", "")
     lines = [f"FROM ./{name}"]
+    template = vocabulary.get("tokenizer.chat_template")
+    prefix = vocabulary.get("llama.soft_prompt.prefix")
     if template is not None:
-        user = {"role": "user", "content": "{{ .Prompt }}"}
-        system = {"role": "system", "content": "{{ .System }}"}
-        alone, after = (render(template, x, vocabulary) for x in ([user], [system, user]))
-        text = f"{{{{ if .System }}}}{after}{{{{ else }}}}{alone}{{{{ end }}}}"
-    else:
-        text = prefix + "{{ .Prompt }}"
-    lines += [f'TEMPLATE """{text}{{{{ .Response }}}}"""'] if template or prefix else []
+        try:
+            lines.append(f'TEMPLATE """{ollama_template(template, vocabulary)}"""')
+        except ValueError as error:
+            say(f"the Modelfile has no chat template: {error}")
+    elif prefix is not None:
+        lines.append(f'TEMPLATE """{prefix}{{{{ .Prompt }}}}"""')
     tokens = vocabulary["tokenizer.ggml.tokens"]
     ends = {vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
     lines += [f'PARAMETER stop "{tokens[i]}"' for i in sorted(ends)]
     return "\n".join(lines) + "\n"
+
+
+def ollama_template(template: str, vocabulary: dict) -> str:
+    """What a chat template puts between the messages of a conversation, in Ollama's language.
+
+    Found out by rendering marks. Raises ValueError for a template that does not put the same
+    between the messages wherever these stand.
+    """
+    roles = ("user", "assistant") * 2 + ("user",)
+    turns = [{"role": role, "content": f"MARK{i}"} for i, role in enumerate(roles)]
+    head, to_answer, to_question, asked = _between(template, turns[:3], vocabulary)
+    regular = [head, *[to_answer, to_question] * 2, asked]
+    if _between(template, turns, vocabulary) != regular or not to_answer.startswith(asked):
+        raise ValueError("it does not put the same around every message")
+    begin = head
+    system = [{"role": "system", "content": "MARK"}, *turns[:3]]
+    with contextlib.suppress(ValueError):  # for a model without system messages
+        before, after, *rest = _between(template, system, vocabulary)
+        if rest == [to_answer, to_question, asked]:
+            begin = "{{ if .System }}" + before + "{{ .System }}" + after
+            begin += "{{ else }}" + head + "{{ end }}"
+    user = "{{ .Content }}" + asked
+    assistant = to_answer.removeprefix(asked) + "{{ .Content }}" + to_question
+    return (
+        begin + '{{ range .Messages }}{{ if eq .Role "user" }}' + user
+        + '{{ else if eq .Role "assistant" }}' + assistant + "{{ end }}{{ end }}"
+    )  # fmt: skip
+
+
+def _between(template: str, messages: list[dict], vocabulary: dict) -> list[str]:
+    """What a chat template puts before, between and behind the messages."""
+    rest, found = render(template, messages, vocabulary), []
+    for message in messages:
+        before, mark, rest = rest.partition(message["content"])
+        if not mark:
+            raise ValueError("it leaves a message out")
+        found.append(before)
+    found.append(rest)
+    if any(word in text for text in found for word in ("{{", '"""')):
+        raise ValueError("Ollama would take a part of it for its own language")
+    return found
 
 
 def render(template: str, messages: list[dict], vocabulary: dict) -> str:
@@ -47,12 +86,11 @@ def render(template: str, messages: list[dict], vocabulary: dict) -> str:
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     jinja.globals["raise_exception"] = refuse
-    jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     added = vocabulary.get("tokenizer.ggml.add_bos_token")  # then whoever runs it adds BOS
     words = {"bos_token": "" if added else text_of("bos"), "eos_token": text_of("eos")}
     try:
         with time_limit(
-            TIME_LIMIT, f"after {TIME_LIMIT} s the tokenizer's chat template is still at work"
+            TIME_LIMIT, f"after {TIME_LIMIT} s the tokenizer's chat template still runs"
         ):
             return jinja.from_string(template).render(
                 messages=messages, add_generation_prompt=True, **words
