@@ -33,6 +33,7 @@ def served(folder: Path, slots: int = 1) -> xllamacpp.Server:
     params.model.path = str(next(folder.glob("*.gguf")))
     params.n_ctx, params.n_parallel, params.warmup, params.port = 512 * slots, slots, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # not F16
     return xllamacpp.Server(params)
 
 

@@ -37,6 +37,10 @@ SHAPES = {
 }
 SHARDS = {torch.float32: (1, 4), torch.float16: (2, 1), torch.bfloat16: (4, 2)}  # before and after
 CHAT = [{"role": "user", "content": "Name a river in Africa."}]
+TEMPLATES = {  # one that leaves BOS to the tokenizer, and one that brings it
+    "sentencepiece": "{% for x in messages %}[INST] {{ x['content'] }} [/INST]{% endfor %}",
+    "tiktoken": "{{ bos_token }}{% for x in messages %}{{ x['content'] }}<|eot_id|>{% endfor %}",
+}
 
 
 @pytest.mark.parametrize("dtype", SHARDS, ids=str)
@@ -56,7 +60,9 @@ def written(request, tmp_path_factory):
     """A tiny model with a real tokenizer in each format, and with a prompt in it (baked-…)."""
     folder, name = tmp_path_factory.mktemp(request.param), request.param
     rope = {} if name == "sentencepiece" else LLAMA3
-    source = tiny(files_of(name), vocab_size=SIZES[name], n_kv_heads=4, **rope)
+    template = {} if name == "json" else {"chat_template.jinja": TEMPLATES[name].encode()}
+    files, tied = files_of(name) | template, name == "json"
+    source = tiny(files, tied, vocab_size=SIZES[name], n_kv_heads=4, **rope)
     vocabulary = vocabulary_in(source)
     with pytest.MonkeyPatch.context() as patch:  # what takes seconds is done once
         patch.setattr(converting, "vocabulary_in", lambda x: getattr(x, "vocabulary", vocabulary))
@@ -94,21 +100,22 @@ def test_transformers_computes_and_cuts_texts_as_we_do(written, no_warnings, mon
     model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
     ours, theirs = Tokenizer(folder / "hf"), AutoTokenizer.from_pretrained(folder / "hf")
     original = Tokenizer(folder / "meta")
-    for s in texts(600):
+    for s in texts(300):
         ids = ours.encode(s, special_tokens=True)
         assert theirs(s)["input_ids"] == ids, s
+        # SentencePiece takes "<unk>" for text, a tokenizer.json for the token.
         assert "<unk>" in s or original.encode(s, special_tokens=True) == ids, s
     ids = torch.tensor([ours.encode(texts(9)[8])])
-    ours_model = loaded(source, original)
-    torch.testing.assert_close(ours_model.model(ids), model(ids).logits, atol=1e-3, rtol=0)
+    logits = loaded(source, original).model(ids)
+    assert logits.std() > 1
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-3, rtol=0)
     ends = GenerationConfig.from_pretrained(folder / "hf").eos_token_id
     assert set(ends if isinstance(ends, list) else [ends]) == original.stop_ids
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == source.tied
     monkeypatch.setattr(hf, "LONGEST_FILE", 1 << 18)
-    source.files, files = {}, source.files
-    convert(source, tmp_path / "cut", "hf")
-    source.files = files
-    assert len(list(tmp_path.glob("cut/model-*.safetensors"))) > 2
-    parts = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").state_dict()
+    hf.write_hf(source, tmp_path, source.dtype, None)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    parts = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(parts[name], x) for name, x in model.state_dict().items())
 
 
@@ -128,8 +135,21 @@ def test_a_tuned_prompt_is_the_same_in_every_program(written):
     assert baked.model.args.vocab_size % 8 == 0  # as many shards as before
     expected = [x.token for x in tuned.generate(texts, 16, temperature=0)]
     assert_greedy(baked, prompts, expected, 16)
-    assert_greedy(baked, prompts, llama_cpp(served(folder / "baked-gguf", 2), prompts, 16), 16)
-    assert_greedy(baked, prompts, transformers_text(folder / "baked-hf", prompts, 16), 16)
+    server, theirs = served(folder / "baked-gguf", 2), folder / "baked-hf"
+    assert_greedy(baked, prompts, llama_cpp(server, prompts, 16), 16)
+    assert_greedy(baked, prompts, transformers_text(theirs, prompts, 16), 16)
+    chat = AutoTokenizer.from_pretrained(theirs).apply_chat_template(CHAT, tokenize=False)
+    asked = ask(server, "apply-template", messages=CHAT, add_generation_prompt=False)["prompt"]
+    assert asked == chat
+    assert chat.startswith(prefix)
+    assert chat.count("<|begin_of_text|>") == prefix.count("<|begin_of_text|>")
+
+
+def test_q8_0_keeps_the_digits_of_a_tuned_prompt(tmp_path):
+    prompt = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    source = bake(tiny(small_files(), vocab_size=320), prompt)
+    convert(source, tmp_path, "gguf", dtype="q8_0")
+    assert open_any(tmp_path).read(EMBEDDING, 0, 320, 340).half().equal(prompt.half())
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +170,7 @@ def smollm2(tmp_path_factory):
     return folder, source, prompt, baked.prefix, generator
 
 
-@pytest.mark.parametrize(("dtype", "n"), [("float32", 48), ("float16", 24)])
+@pytest.mark.parametrize(("dtype", "n"), [("float32", 48), ("float16", 12)])
 def test_llama_cpp_goes_on_with_six_prompts_as_we_do(smollm2, tmp_path, dtype, n):
     folder, source, *_ = smollm2
     convert(source, tmp_path, "gguf", dtype=dtype)
@@ -207,6 +227,6 @@ def test_no_token_of_the_prompt_is_ever_sampled(smollm2):
     assert len(ids) > 2000
     assert max(ids) < n
     free = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0}
-    found = llama_cpp(served(folder / "baked-gguf", 5), prompts, 60, **free)
-    assert sum(map(len, found)) > 200
+    found = llama_cpp(served(folder / "baked-gguf", 5), prompts, 40, **free)
+    assert sum(map(len, found)) > 150
     assert max(map(max, found)) < n
