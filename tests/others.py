@@ -33,7 +33,9 @@ def served(folder: Path, slots: int = 1) -> xllamacpp.Server:
     params.model.path = str(next(folder.glob("*.gguf")))
     params.n_ctx, params.n_parallel, params.warmup, params.port = 512 * slots, slots, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # not F16
+    # By default it calculates attention in float16, which moves logits of tiny models by 0.01.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 
