@@ -2,7 +2,7 @@
 
 Start reading at the fixtures: written(), tiny models with three real tokenizers, and smollm2(), a
 real model; and at assert_greedy() in others.py, which holds another program's text against ours.
-All that takes about a minute on one core.
+All that takes some two minutes on one core, most of it for the real model.
 """
 
 import logging
@@ -155,7 +155,7 @@ def test_q8_0_keeps_the_digits_of_a_tuned_prompt(tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """SmolLM2 in three shards and as a GGUF file; with a prompt in it also as a folder for HF."""
+    """SmolLM2 in three shards; with a prompt in it also for transformers and llama.cpp."""
     folder = tmp_path_factory.mktemp("smollm2")
     convert(open_any(GGUF), folder / "meta", "meta", 3)
     source = Checkpoint(folder / "meta")
