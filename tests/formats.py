@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import TOKENIZERS, make_params, random_source
 from gguf import GGMLQuantizationType as Kind
+from random_model import RandomSource
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import parallel
 from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.params import sizes_of
-from llama.checkpoint.weights import Source
+from llama.checkpoint.params import context_len, sizes_of
+from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source
 from llama.checkpoint.write import write_checkpoint
 from llama.generation import load_model
 
@@ -146,3 +147,25 @@ def assert_ranges_are_slices(source: Source) -> None:
                 found = source.read(name, dim, start, stop)
                 expected = whole[:, start:stop] if dim else whole[start:stop]
                 assert found.equal(expected), (name, dim, start, stop)
+
+
+def tiny(files: dict, tied: bool = False, dtype=torch.float32, **changes) -> RandomSource:
+    """A tiny random model with a tokenizer beside it."""
+    source = random_source(make_params(**changes), dtype)
+    source.files = files
+    if tied:
+        source.seeds[OUTPUT] = source.seeds[EMBEDDING]
+    return source
+
+
+def assert_equal(found: Source, expected: Source) -> None:
+    """The same model, bit by bit."""
+
+    def shape_of(args):
+        sizes = vars(args) | {"context_len": context_len(args), "hidden_dim": args.hidden_dim}
+        return {k: v for k, v in sizes.items() if k not in ("multiple_of", "ffn_dim_multiplier")}
+
+    assert shape_of(found.args) == shape_of(expected.args)
+    assert found.dtype == expected.dtype
+    for name in expected.shapes:
+        assert torch.equal(found.read(name), expected.read(name)), name

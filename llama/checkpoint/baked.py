@@ -104,11 +104,14 @@ def with_prompt(vocabulary: dict, length: int, vocab_size: int) -> dict:
 
 
 def unwanted_token(vocabulary: dict) -> int:
-    """The id of a token that a model never has a reason to choose."""
+    """The id of a token that a model never has a reason to choose.
+
+    None that begins or ends anything: behind a turn's end SmolLM2 wants <|im_start|>, its BOS.
+    """
     tokens, types = vocabulary["tokenizer.ggml.tokens"], vocabulary["tokenizer.ggml.token_type"]
     unknown = vocabulary.get("tokenizer.ggml.unknown_token_id")
     control = [i for i, kind in enumerate(types) if kind == CONTROL]
     reserved = [i for i in control if "reserved" in tokens[i]]
-    ends = {vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
-    found = [i for i in (unknown, *reserved, *control) if i is not None and i not in ends]
+    wanted = {vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+    found = [i for i in (unknown, *reserved, *control) if i is not None and i not in wanted]
     return next((i for i in found if tokens[i] not in JSON_STOP_NAMES), 0)
