@@ -4,6 +4,8 @@ python convert_model.py --from model.gguf --out_dir ckpts/NAME
 python convert_model.py --from ckpts/NAME --out_dir out/NAME --to gguf --tuning_ckpt_path saved/NAME
 """
 
+import shlex
+
 from llama import cli
 
 
@@ -24,7 +26,7 @@ def main(
         from_: a .gguf file or a folder with one, a Hugging Face folder, or one in Meta's format.
         out_dir: folder to write; it receives the tokenizer too.
         to: meta, hf (Hugging Face), gguf (llama.cpp), or prompt_embeds (prompts as tensors, as vLLM
-            takes them).
+            takes them; --prompts_file names them, --tuning_ckpt_path goes in front).
         n: how many shards to write, in Meta's format.
         dtype: float32, bfloat16 or float16, for gguf also q8_0; by default what the source holds
             (quantised: float32).
@@ -39,7 +41,7 @@ def main(
     from llama.checkpoint.embeds import write_embeds
     from llama.checkpoint.weights import valid_shard_counts
     from llama.prompts import read_prompts
-    from llama.tuning.adapter import load_soft_prompt
+    from llama.tuning.adapter import load_soft_prompt, warn_of_another_model
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
@@ -47,8 +49,10 @@ def main(
     source, prompt = open_any(from_), None
     if tuning_ckpt_path is not None:
         prompt = load_soft_prompt(tuning_ckpt_path, source.args.dim)
+        warn_of_another_model(tuning_ckpt_path, source)
     if to == "prompt_embeds":
-        write_embeds(source, out_dir, read_prompts(prompts_file), prompt)
+        prompts = read_prompts(prompts_file) if prompts_file else []
+        write_embeds(source, out_dir, prompts, prompt)
         print(f"{out_dir}: prompts.jsonl names the file of each prompt: a tensor (tokens, dim)")
         return
     if prompt is not None:
@@ -58,21 +62,21 @@ def main(
         verify_written(source, out_dir)
     print(f"{out_dir}: {cli.counted(n, 'shard') if to == 'meta' else 'written'}"
           f"{', and read again: as it should be' * verify}")  # fmt: skip
-    counts = ", ".join(map(str, valid_shard_counts(source.args)))
+    counts, out = ", ".join(map(str, valid_shard_counts(source.args))), shlex.quote(out_dir)
+    special_tokens = "" if prompt is None else " --special_tokens"
     commands = {
-        "meta": f"generate: torchrun --nproc_per_node {n} example.py --ckpt_dir {out_dir} "
-        f"--tokenizer_path {out_dir}\nfor N cards, N among {counts}: "
-        f"python split_model.py --ckpt_dir {out_dir} --n N",
+        "meta": f"generate: torchrun --nproc_per_node {n} example.py --ckpt_dir {out} "
+        f"--tokenizer_path {out}{special_tokens}\nfor N cards, N among {counts}: "
+        f"python split_model.py --ckpt_dir {out} --n N",
         "hf": f"transformers: AutoModelForCausalLM.from_pretrained({out_dir!r}), and AutoTokenizer",
-        "gguf": f"llama.cpp: llama-cli --model {out_dir}/*.gguf\n"
-        f"Ollama: ollama create NAME --file {out_dir}/Modelfile",
+        "gguf": f"llama.cpp: llama-cli --model {out}/*.gguf\n"
+        f"Ollama: ollama create NAME --file {out}/Modelfile",
     }
     print(commands[to])
     if prompt is not None:
-        has_template = "tokenizer.chat_template" in source.vocabulary
-        print("chats begin with the tuned prompt by themselves; raw " * has_template
-              + "prompts need this in front (for example.py with --special_tokens): "
-              + source.prefix)  # fmt: skip
+        if "tokenizer.chat_template" in source.vocabulary:
+            print("chats begin with the tuned prompt by themselves")
+        print(f"put this in front of raw prompts: {source.prefix}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_bos_is_written_where_nobody_adds_it(added):
 BAD_TEMPLATES = {
     "raises": ("{{ raise_exception('only tools') }}", "only tools"),
     "syntax": ("{% for %}", "Expected"),
-    "unknown name": ("{{ tools.x }}", "'tools' is undefined"),
+    "unknown name": ("{{ weather.x }}", "'weather' is undefined"),
     "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     "changes what it was given": ("{{ messages.append(1) }}", "unsafe"),
     "endless range": ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),

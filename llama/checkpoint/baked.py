@@ -11,6 +11,8 @@ import torch
 
 from llama.checkpoint.folder import whole_sha256
 from llama.checkpoint.gguf_tokenizer import CONTROL, UNUSED, tokenizer_files
+from llama.checkpoint.laid_out import in_dtype
+from llama.checkpoint.modelfile import render
 from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source
 from llama.tokenizer import JSON_STOP_NAMES
 
@@ -31,15 +33,17 @@ class BakedSource(Source):
         params = source.params | {"vocab_size": vocab_size}
         super().__init__(params, source.dtype, tokenizer_files(self.vocabulary, vocab_size))
         self.source = source
-        for name in (EMBEDDING, OUTPUT):  # which nobody can check with the new rows behind them
-            source.check_sha256(name, whole_sha256(source, name))
+        self.has_hashes, self.stop_ids = source.has_hashes, source.stop_ids
+        if source.has_hashes:  # of these nobody can check them with the new rows behind
+            for name in (EMBEDDING, OUTPUT):
+                source.check_sha256(name, whole_sha256(source, name))
         n_new = vocab_size - args.vocab_size
         unwanted = unwanted_token(vocabulary)
         # A row of zeros would win where all other logits are negative. A copy of a token's row does
         # not, as of equals the first is taken; and what is never wanted is never sampled.
         copy = source.read(OUTPUT, 0, unwanted, unwanted + 1)
         rows = torch.zeros(n_new, args.dim, dtype=source.dtype)
-        rows[: len(prompt)] = prompt
+        rows[: len(prompt)] = in_dtype(prompt, source.dtype, "the tuned prompt")
         self.new_rows = {EMBEDDING: rows, OUTPUT: copy.to(source.dtype).repeat(n_new, 1)}
 
     def read(
@@ -56,6 +60,10 @@ class BakedSource(Source):
         if start < n_before:
             rows.insert(0, self.source.read(name, 0, start, min(stop, n_before)).to(new))
         return torch.cat(rows)
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the model's files were written into since they were opened."""
+        self.source.check_unchanged()
 
     def check_sha256(self, name: str, sha256: str) -> None:
         """Raise ValueError if this is not the SHA-256 of a weight, where one is known."""
@@ -98,9 +106,19 @@ def with_prompt(vocabulary: dict, length: int, vocab_size: int) -> dict:
     added |= {"llama.soft_prompt.prefix": prefix, "llama.soft_prompt.length": length}
     template = vocabulary.get("tokenizer.chat_template")
     if template is not None:
-        in_front = "".join(soft) if "bos_token" in template else prefix
+        in_front = "".join(soft) if _begins_with(bos, template, vocabulary) else prefix
         added["tokenizer.chat_template"] = f"{{{{ '{in_front}' }}}}{template}"
     return vocabulary | added
+
+
+def _begins_with(bos: str, template: str, vocabulary: dict) -> bool:
+    """Whether a chat begins with BOS by itself."""
+    question = [{"role": "user", "content": "?"}]
+    without = vocabulary | {"tokenizer.ggml.add_bos_token": False}
+    try:
+        return render(template, question, without).startswith(bos)
+    except ValueError:  # it wants more than a question
+        return "bos_token" in template
 
 
 def unwanted_token(vocabulary: dict) -> int:

@@ -1,12 +1,13 @@
 """Open a checkpoint of any format, and write it in any."""
 
+import math
 import os
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.baked import BakedSource
-from llama.checkpoint.folder import Checkpoint, hash_threads
+from llama.checkpoint.folder import Checkpoint, facts_of, hash_threads
 from llama.checkpoint.gguf import WRITTEN, GGUFFile, write_gguf
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
@@ -56,7 +57,7 @@ def vocabulary_in(source: Source) -> dict:
     """The tokenizer of a model in GGUF's words. Raises ValueError if it has none."""
     if isinstance(source, BakedSource):
         return source.vocabulary
-    if not has_tokenizer(source):
+    if not source.has_tokenizer:
         raise ValueError(
             "the model has no tokenizer beside it: put its tokenizer.model or tokenizer.json into "
             "its folder"
@@ -66,11 +67,6 @@ def vocabulary_in(source: Source) -> dict:
         for name, content in source.files.items()
     }
     return vocabulary_of(files, source.args.vocab_size)
-
-
-def has_tokenizer(source: Source) -> bool:
-    """Whether a tokenizer lies beside a model."""
-    return bool(source.files.keys() & {"tokenizer.model", "tokenizer.json"})
 
 
 def check_target(
@@ -89,12 +85,14 @@ def check_target(
         raise ValueError(f"--dtype must be {wanted} with --to {to}, not {dtype!r}")
     if verify and to == "prompt_embeds":
         raise ValueError("--verify compares weights, and prompt_embeds has none: leave it out")
-    others = {"meta": {"n": n != 1, "consolidated": consolidated}}
-    others["prompt_embeds"] = {"prompts_file": prompts_file is not None}
-    for only, given in others.items():
-        for name in given:
-            if given[name] and to != only:
-                raise ValueError(f"--{name} goes with --to {only} alone, not with --to {to}")
+    of_one_target = {
+        "n": ("meta", n != 1),
+        "consolidated": ("meta", consolidated),
+        "prompts_file": ("prompt_embeds", prompts_file is not None),
+    }
+    for name, (only, given) in of_one_target.items():
+        if given and to != only:
+            raise ValueError(f"--{name} goes with --to {only} alone, not with --to {to}")
 
 
 def convert(
@@ -111,7 +109,7 @@ def convert(
     not at all. Raises ValueError for what the format cannot express.
     """
     out_dir = Path(os.path.abspath(out_dir))
-    if not has_tokenizer(source) and to != "gguf":  # which cannot be without one
+    if not source.has_tokenizer and to != "gguf":  # which cannot be without one
         say(f"{out_dir}: the model comes without a tokenizer: put its tokenizer there yourself")
     if to == "meta":
         prefix = "consolidated" if consolidated else "fs_consolidated"
@@ -119,20 +117,23 @@ def convert(
     elif to == "hf":
         with new_folder(out_dir) as folder:
             write_files(folder, _hf_files(source))
-            tokenizer = Tokenizer(folder) if has_tokenizer(source) else None
+            tokenizer = Tokenizer(folder) if source.has_tokenizer else None
             write_hf(source, folder, parse_dtype(dtype) or source.dtype, tokenizer)
+            source.check_unchanged()
     else:
         dtype = dtype or str(source.dtype).removeprefix("torch.")
         vocabulary = {"general.name": out_dir.name} | vocabulary_in(source)
+        name = f"{out_dir.name}-{dtype}.gguf"
+        for_ollama = {"Modelfile": modelfile(name, vocabulary).encode()}
         with new_folder(out_dir) as folder:
-            path = folder / f"{out_dir.name}-{dtype}.gguf"
-            write_gguf(source, path, dtype, vocabulary, exact=isinstance(source, BakedSource))
-            write_files(folder, {"Modelfile": modelfile(path.name, vocabulary).encode()})
+            write_gguf(source, folder / name, dtype, vocabulary)
+            write_files(folder, for_ollama)
+            source.check_unchanged()
 
 
 def _hf_files(source: Source) -> dict[str, bytes | Path]:
     """The tokenizer of a model as tokenizer.json, which transformers reads."""
-    if "tokenizer.json" in source.files or not has_tokenizer(source):
+    if "tokenizer.json" in source.files or not source.has_tokenizer:
         return source.files
     return tokenizer_files(vocabulary_in(source), source.args.vocab_size)
 
@@ -140,6 +141,8 @@ def _hf_files(source: Source) -> dict[str, bytes | Path]:
 def verify_written(source: Source, out_dir: str | Path) -> None:
     """Read again what was written from a source; ValueError for what differs."""
     written = open_any(out_dir)
+    if facts_of(written.args) != facts_of(source.args):
+        raise ValueError(f"{out_dir}: its configuration is not that of the model: tell its makers")
 
     def differs(name: str) -> bool:
         pairs = zip(source.blocks(name), written.blocks(name))
@@ -148,8 +151,9 @@ def verify_written(source: Source, out_dir: str | Path) -> None:
             for (_, before), (_, after) in pairs
         )
 
-    with hash_threads() as pool, byte_bar(len(source.shapes)) as bar:
+    total = sum(math.prod(shape) for shape in source.shapes.values()) * source.dtype.itemsize
+    with hash_threads() as pool, byte_bar(total) as bar:
         for name, wrong in zip(source.shapes, pool.map(differs, source.shapes)):
             if wrong:
-                raise ValueError(f"{out_dir}: {name} is not what was written: is the disk failing?")
-            bar.update()
+                raise ValueError(f"{out_dir}: {name} is not what was written; write it again")
+            bar.update(total // len(source.shapes))

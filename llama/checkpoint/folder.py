@@ -70,6 +70,7 @@ class Checkpoint(Source):
         # The one to which all can be widened without loss, where they differ.
         dtype = functools.reduce(torch.promote_types, self.dtypes.values())
         super().__init__(params, dtype, tokenizer_in(self.dir))
+        self.has_hashes = self.manifest is not None
 
         # Whether the two agree.
         if self.n not in valid_shard_counts(self.args):
@@ -287,7 +288,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> None:
 
     Where their dtypes differ, b must hold what a's weights become in b's.
     """
-    facts_a, facts_b = _facts(a.args), _facts(b.args)
+    facts_a, facts_b = facts_of(a.args), facts_of(b.args)
     differing = [key for key in facts_a if facts_a[key] != facts_b[key]]
     if differing:
         raise ValueError(f"{a.dir} and {b.dir}: different models ({', '.join(differing)})")
@@ -301,10 +302,10 @@ def compare(a: Checkpoint, b: Checkpoint) -> None:
         raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}{hint}")
 
 
-def _facts(args: ModelArgs) -> dict:
+def facts_of(args: ModelArgs) -> dict:
     """What makes a model; several values of params.json give one size of the FFN."""
     facts = dataclasses.asdict(args) | {"hidden_dim": args.hidden_dim}
-    del facts["multiple_of"], facts["ffn_dim_multiplier"]
+    del facts["multiple_of"], facts["ffn_dim_multiplier"], facts["context_len"]
     return facts
 
 

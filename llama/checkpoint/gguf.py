@@ -56,7 +56,8 @@ WRITTEN = {
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-LLAMA3_ROPE = {  # numbers behind the factors: the first is llama.cpp's own, the others it ignores
+# Written beside ROPE_FACTORS to be read back; llama.cpp computes with the factors alone.
+LLAMA3_ROPE = {
     "original_max_position_embeddings": "llama.rope.scaling.original_context_length",
     "low_freq_factor": "llama.rope.scaling.low_freq_factor",
     "high_freq_factor": "llama.rope.scaling.high_freq_factor",
@@ -281,11 +282,12 @@ def _with_scaled_rope(params: dict, meta: dict, factors: torch.Tensor) -> dict:
     raise ValueError(f"{ROPE_FACTORS}: only Llama 3's scaling can be converted, not this one")
 
 
-def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict, exact: bool) -> None:
+def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict) -> None:
     """Write a model as a GGUF file, in a dtype of WRITTEN, norms always as float32.
 
-    vocabulary: the metadata of the tokenizer and whatever else is to go in. exact: keep the
-    embeddings in float16 where the rest is quantised. Weights are streamed, a few rows at a time.
+    vocabulary: the metadata of the tokenizer and whatever else is to go in. With a tuned prompt in
+    it the embeddings are float16 where the rest is quantised: rounded they would be another prompt.
+    Weights are streamed, a few rows at a time.
     Raises ValueError for what GGUF or the dtype cannot express.
     """
     kind, file_type = WRITTEN[dtype]
@@ -293,7 +295,7 @@ def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict, exact: 
     kinds = {
         name: GGMLQuantizationType.F32 if len(source.shapes[name]) == 1 else kind for name in names
     }
-    if exact and dtype == "q8_0":
+    if dtype == "q8_0" and "llama.soft_prompt.prefix" in vocabulary:
         kinds[EMBEDDING] = GGMLQuantizationType.F16
     size = {name: _size_as(name, source.shapes[name], kinds[name]) for name in names}
     check_space(path.parent, sum(size.values()))
@@ -343,7 +345,7 @@ def _meta_of(args: ModelArgs) -> dict:
     meta |= {"llama.rope.dimension_count": args.head_dim}
     rope = rope_of(args)
     if rope["rope_type"] == "linear":
-        linear = {"type": "linear", "factor": float(args.rope_linear_factor)}
+        linear = {"type": "linear", "factor": rope["factor"]}
         meta |= {f"llama.rope.scaling.{key}": value for key, value in linear.items()}
     if rope["rope_type"] == "llama3":
         meta |= {there: rope[name] for name, there in LLAMA3_ROPE.items()}

@@ -21,6 +21,9 @@ ID_FIELDS = {
     "pad_token": "padding_token_id",
 }
 
+# What is said of a tuned prompt among the tokens: the text to put in front, and how many they are.
+SOFT_PROMPT = ("llama.soft_prompt.prefix", "llama.soft_prompt.length")
+
 # How a text is cut into words before byte-pair merging, by tokenizer.ggml.pre. llama.cpp treats
 # the names of one line alike (its src/llama-vocab.cpp).
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
@@ -34,7 +37,7 @@ LLAMA3 = pre_tokenizers.Sequence(
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
 PRE_TOKENIZERS = {
     **dict.fromkeys(LLAMA3_PRE, LLAMA3),
-    **dict.fromkeys(("gpt-2", "gpt2", "default"), GPT2),
+    "gpt-2": GPT2,
     "smollm": DIGITS,
 }
 
@@ -71,10 +74,13 @@ def tokenizer_files(meta: dict, vocab_size: int) -> dict[str, bytes]:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            # transformers 4 would give its models a third, which they do not take
+            "model_input_names": ["input_ids", "attention_mask"],
             "chat_template": meta.get("tokenizer.chat_template"),
             "add_bos_token": _get(meta, "add_bos_token", bool, adds_bos),
         }
         config |= {name: tokens[i] for name, i in ids.items()}
+        config |= {name: meta[name] for name in SOFT_PROMPT if name in meta}
         if config["add_bos_token"]:
             if "bos_token" not in ids:
                 raise ValueError("add_bos_token is set, but there is no bos_token_id")

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import transformers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-LONGEST_FILE = 5_000_000_000  # bytes of weights, as transformers has it
+LONGEST_FILE = 5_000_000_000  # bytes of weights, unless one alone is longer
 # A buffer that old exports saved with the weights; it follows from the configuration.
 RECOMPUTED = "rotary_emb.inv_freq"
 # safetensors' names of the types that a checkpoint may hold.
@@ -80,6 +80,7 @@ class HFFolder(Source):
             check_values(types, dict.fromkeys(types, tuple(DTYPES)))
             dtype = functools.reduce(torch.promote_types, {DTYPES[x] for x in types.values()})
             super().__init__(params, dtype, tokenizer_in(folder))
+            self.stop_ids = _stop_ids(folder, config, self.args.vocab_size)
             found = {name: tuple(weight.get_shape()) for name, weight in self._slices.items()}
             check_shapes(found, self.shapes)
 
@@ -97,6 +98,15 @@ class HFFolder(Source):
         first = start // head_dim * head_dim
         heads = unpermute(weight[first : -(-stop // head_dim) * head_dim], head_dim)
         return heads[start - first : stop - first]
+
+
+def _stop_ids(folder: Path, config: dict, vocab_size: int) -> frozenset[int]:
+    """The ids that end an answer by config.json and generation_config.json."""
+    path, found = folder / "generation_config.json", set()
+    for source in (config, read_json(path) if path.is_file() else {}):
+        ids = source.get("eos_token_id")
+        found |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+    return frozenset(i for i in found if 0 <= i < vocab_size)
 
 
 def unpermute(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -194,17 +204,17 @@ def write_hf(source: Source, folder: Path, dtype: torch.dtype, tokenizer: Tokeni
     """
     args = source.args
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    config |= config_of(args) | {"tie_word_embeddings": source.tied}
-    config |= {"dtype": str(dtype).removeprefix("torch."), "attention_bias": False}
-    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config |= config_of(args) | {"tie_word_embeddings": source.tied, "attention_bias": False}
+    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
-        stop_ids = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-        eos = [tokenizer.eos_id, *stop_ids] if stop_ids else tokenizer.eos_id
+        others = sorted((tokenizer.stop_ids | source.stop_ids) - {tokenizer.eos_id})
+        eos = [tokenizer.eos_id, *others] if others else tokenizer.eos_id
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
-        ids |= {"pad_token_id": tokenizer.pad_id}
-        config |= ids
-        write_json(folder / "generation_config.json", ids)
-    write_json(folder / CONFIG, config)
+        write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.pad_id})
+        # In a model's own configuration it is a row that never learns: so not the end's.
+        ids["pad_token_id"] = tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None
+    write_json(folder / CONFIG, config | ids)
     names = [name for name in source.shapes if not (source.tied and name == OUTPUT)]
     files = _lay_out(source, folder, dtype, names)
 
@@ -236,26 +246,25 @@ def _lay_out(
             groups.append([])
         groups[-1].append(name)
     files, index = [], {}
+    code = next(code for code, known in DTYPES.items() if known == dtype)
     for i, group in enumerate(groups, 1):
         path = folder / WEIGHTS
         if len(groups) > 1:
             path = folder / f"model-{i:05}-of-{len(groups):05}.safetensors"
-        end, entries = 0, {}
+        end, entries, offsets = 0, {}, {}
         for name in group:
-            begin, end = end, end + size[name]
-            entries[name_in("hf", name)] = {
-                "dtype": next(key for key, value in DTYPES.items() if value == dtype),
-                "shape": source.shapes[name],
-                "data_offsets": [begin, end],
-            }
+            offsets[name], there = end, name_in("hf", name)
+            end += size[name]
+            places = {"data_offsets": [offsets[name], end]}
+            entries[there] = {"dtype": code, "shape": source.shapes[name]} | places
+            index[there] = path.name
         header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
         header += b" " * (-len(header) % 8)
         with naming_refusals(path):
             path.write_bytes(struct.pack("<Q", len(header)) + header)
         data = 8 + len(header)
-        offsets = {name: data + entries[name_in("hf", name)]["data_offsets"][0] for name in group}
+        offsets = {name: data + start for name, start in offsets.items()}
         files.append(LaidOutFile(path, offsets, data + end))
-        index |= {name_in("hf", name): path.name for name in group}
     if len(groups) > 1:
         total = {"total_size": sum(size.values())}
         write_json(folder / f"{WEIGHTS}.index.json", {"metadata": total, "weight_map": index})

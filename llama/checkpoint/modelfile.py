@@ -1,6 +1,7 @@
 """Ollama's Modelfile beside a GGUF file: the chat template in Ollama's own language."""
 
 import contextlib
+import json
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -22,7 +23,7 @@ def modelfile(name: str, vocabulary: dict) -> str:
             lines.append(f'TEMPLATE """{ollama_template(template, vocabulary)}"""')
         except ValueError as error:
             say(f"the Modelfile has no chat template: {error}")
-    elif prefix is not None:
+    if len(lines) == 1 and prefix is not None:
         lines.append(f'TEMPLATE """{prefix}{{{{ .Prompt }}}}"""')
     tokens = vocabulary["tokenizer.ggml.tokens"]
     ends = {vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
@@ -84,7 +85,11 @@ def render(template: str, messages: list[dict], vocabulary: dict) -> str:
         i = vocabulary.get(f"tokenizer.ggml.{field}_token_id")
         return "" if i is None else vocabulary["tokenizer.ggml.tokens"][i]
 
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # As transformers has it, but for the date: a Modelfile would keep that of today.
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    jinja.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
     jinja.globals["raise_exception"] = refuse
     added = vocabulary.get("tokenizer.ggml.add_bos_token")  # then whoever runs it adds BOS
     words = {"bos_token": "" if added else text_of("bos"), "eos_token": text_of("eos")}
@@ -93,7 +98,7 @@ def render(template: str, messages: list[dict], vocabulary: dict) -> str:
             TIME_LIMIT, f"after {TIME_LIMIT} s the tokenizer's chat template still runs"
         ):
             return jinja.from_string(template).render(
-                messages=messages, add_generation_prompt=True, **words
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **words
             )
     except Exception as error:
         raise ValueError(f"the tokenizer's chat template fails: {shown(str(error))}") from None

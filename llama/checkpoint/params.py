@@ -57,7 +57,11 @@ def read_sizes(form: str, config: dict) -> dict:
 def sizes_of(form: str, args: ModelArgs) -> dict[str, int | float]:
     """The sizes of a model in a format's words: what read_sizes() reads."""
     values = vars(args) | {"hidden_dim": args.hidden_dim, "context_len": context_len(args)}
-    return {getattr(size, form): values[size.meta] for size in SIZES}
+    # A format that has types wants 10000.0 where params.json has 10000.
+    return {
+        getattr(size, form): values[size.meta] if size.whole else float(values[size.meta])
+        for size in SIZES
+    }
 
 
 def context_len(args: ModelArgs) -> int:
@@ -66,8 +70,10 @@ def context_len(args: ModelArgs) -> int:
         return args.context_len
     if args.use_scaled_rope:  # Llama 3.1 and later
         return 131072
-    of_theta = {500000.0: 8192, 1000000.0: 16384}  # Llama 3, Code Llama
-    return of_theta.get(args.rope_theta, 2048 if args.norm_eps == 1e-6 else 4096)  # Llama 1 and 2
+    if args.rope_theta != ModelArgs.rope_theta:
+        return {500000: 8192, 1000000: 16384}.get(args.rope_theta, 4096)  # Llama 3, Code Llama
+    biggest_llama1 = args.n_layers == 80 and args.n_kv_heads == args.n_heads
+    return 2048 if args.norm_eps == 1e-6 or biggest_llama1 else 4096  # Llama 1; Llama 2
 
 
 def positive(config: dict, key: str, whole: bool = False) -> int | float:
@@ -113,7 +119,9 @@ def rope_of(args: ModelArgs) -> dict:
     linear = "linear" if args.rope_linear_factor != 1 else "default"
     kind = "llama3" if args.use_scaled_rope else linear
     numbers = {name: getattr(args, ours) for name, ours in ROPE_SCALING[kind].items()}
-    return {"rope_type": kind} | numbers
+    whole = "original_max_position_embeddings"
+    floats = {name: float(value) for name, value in numbers.items() if name != whole}
+    return {"rope_type": kind} | numbers | floats
 
 
 def check_values(config: dict, accepted: dict[str, tuple]) -> None:

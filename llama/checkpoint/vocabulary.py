@@ -6,7 +6,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from llama.checkpoint.gguf_tokenizer import ADDED, CONTROL, UNUSED, USER_DEFINED, tokenizer_files
+from llama.checkpoint.gguf_tokenizer import (
+    ADDED,
+    CONTROL,
+    SOFT_PROMPT,
+    UNUSED,
+    USER_DEFINED,
+    tokenizer_files,
+)
 from llama.checkpoint.tokenizer_words import Vocabulary, read_vocabulary
 from llama.cli import say
 from llama.files import read_json
@@ -61,7 +68,7 @@ def vocabulary_of(files: dict[str, bytes], vocab_size: int) -> dict:
             _check_same(original, rebuilt, found)
         except Exception as error:  # whatever a damaged file leads to; its folder tells nobody much
             reason = str(error).replace(f"{folder}/a/", "").replace(f"{folder}/b/", "rebuilt ")
-            raise ValueError(f"the tokenizer cannot be put into GGUF: {reason}") from error
+            raise ValueError(f"the tokenizer cannot be said in GGUF's words: {reason}") from error
     if not found.prefix_before_spaces:
         say("programs that read GGUF put one more space before texts that begin with a space")
     return meta
@@ -111,7 +118,8 @@ def _metadata(found: Vocabulary, config: dict, original: Tokenizer) -> dict:
     if words["model"] == "llama":
         words["scores"] = np.array(scores, np.float32)
     words |= {name: i for name, i in numbers.items() if i is not None}
-    return {f"tokenizer.ggml.{name}": value for name, value in words.items()}
+    soft_prompt = {name: config[name] for name in SOFT_PROMPT if name in config}
+    return {f"tokenizer.ggml.{name}": value for name, value in words.items()} | soft_prompt
 
 
 def _chat_template(files: dict[str, bytes], config: dict) -> dict[str, str]:

@@ -189,6 +189,8 @@ class Source:
         self.params = params
         self.args = ModelArgs.from_params(params)
         self.shapes = weight_shapes(self.args)
+        self.stop_ids: frozenset[int] = frozenset()  # that a format's own configuration names
+        self.has_hashes = False  # whether check_sha256() knows any
         self.dtype = dtype
         self.files = files or {}
 
@@ -212,6 +214,14 @@ class Source:
         """Whether the output layer is the embedding."""
         pairs = zip(self.blocks(EMBEDDING), self.blocks(OUTPUT))
         return all(torch.equal(rows, others) for (_, rows), (_, others) in pairs)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer goes along."""
+        return bool(self.files.keys() & {"tokenizer.model", "tokenizer.json"})
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if files were written into meanwhile. By default nobody looks."""
 
     def as_stored(self, name: str, block: torch.Tensor) -> torch.Tensor:
         """What reading gives for rows of a weight that were written here."""

@@ -43,6 +43,7 @@ def write_checkpoint(
         weights = {name: described[name] | hashes[name] for name in described}
         shards = {path.name: path.stat().st_size for path in paths}
         files = {name: describe_file(folder / name) for name in source.files}
+        source.check_unchanged()
         Manifest(source.params, weights, shards, files).write(folder)
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama import cli
+from llama.checkpoint.weights import Source
 from llama.files import (
     load_plain,
     partial_name,
@@ -86,20 +87,24 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
         remove(made)
 
 
-def base_model_facts(transformer: Transformer) -> dict:
+def base_model_facts(model: Transformer | Source) -> dict:
     """Facts that mostly tell one model from another: its sizes, and a hash of its norms."""
-    norms = [block.ffn_norm.weight for block in transformer.layers] + [transformer.norm.weight]
+    if isinstance(model, Source):
+        names = [f"layers.{i}.ffn_norm.weight" for i in range(model.args.n_layers)]
+        norms = [model.read(name).to(model.dtype) for name in [*names, "norm.weight"]]
+    else:
+        norms = [block.ffn_norm.weight for block in model.layers] + [model.norm.weight]
     content = torch.stack([norm.float().cpu() for norm in norms])
     facts = {"dtype": str(norms[0].dtype), "norms_sha256": sha256_of(content)}
-    return vars(transformer.args) | facts
+    return vars(model.args) | facts
 
 
-def warn_of_another_model(path: str | Path, transformer: Transformer) -> None:
+def warn_of_another_model(path: str | Path, model: Transformer | Source) -> None:
     """Say so if the file beside an adapter tells that it was trained on another model."""
     base = _beside(Path(path), BASE)
     if not base.is_file():
         return
-    before, now = read_json(base), base_model_facts(transformer)
+    before, now = read_json(base), base_model_facts(model)
     if before.get("dtype") != now["dtype"]:  # a model in another dtype is still the same model
         del now["dtype"], now["norms_sha256"]
     known = {key: value for key, value in now.items() if key in before}  # older ones have fewer
