@@ -25,7 +25,8 @@ from llama.checkpoint.write import write_checkpoint
 SMALL = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 26000}
 BILLION = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 32000}
 ROUNDS = 5
-TOKENIZER = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))  # of bytes
+TOKENS = [*(bytes([i]) for i in range(256)), b"th"]
+TOKENIZER = b"".join(base64.b64encode(x) + b" %d\n" % i for i, x in enumerate(TOKENS))
 REPO = Path(__file__).parent.parent
 
 
