@@ -26,7 +26,7 @@ def main(
         from_: a .gguf file or a folder with one, a Hugging Face folder, or one in Meta's format.
         out_dir: folder to write; it receives the tokenizer too.
         to: meta, hf (Hugging Face), gguf (llama.cpp), or prompt_embeds (prompts as tensors, as vLLM
-            takes them; --prompts_file names them, --tuning_ckpt_path goes in front).
+            takes them: those of prompts_file, what tuning_ckpt_path names in front).
         n: how many shards to write, in Meta's format.
         dtype: float32, bfloat16 or float16, for gguf also q8_0; by default what the source holds
             (quantised: float32).

@@ -266,8 +266,11 @@ def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         # go to minus infinity; 1e-30, as float32 may take smaller ones for 0.
         logits -= logits.amax(dim=-1, keepdim=True)
         probs = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
-        probs, order = probs.sort(dim=-1, descending=True)
-        # A token stays while those before it do not yet sum to top_p: the first one always does.
-        probs[probs.cumsum(dim=-1) - probs > sampling.top_p] = 0
-        ids = order.gather(-1, torch.multinomial(probs, 1, generator=sampling.generator))[:, 0]
+        order = None
+        if sampling.top_p < 1:  # to sort takes longer than all else
+            probs, order = probs.sort(dim=-1, descending=True)
+            # A token stays while those before it do not yet sum to top_p: the first always does.
+            probs[probs.cumsum(dim=-1) - probs > sampling.top_p] = 0
+        ids = torch.multinomial(probs, 1, generator=sampling.generator)
+        ids = (ids if order is None else order.gather(-1, ids))[:, 0]
     return ids.masked_fill(broken, BROKEN)

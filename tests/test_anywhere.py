@@ -223,7 +223,8 @@ def test_no_token_of_the_prompt_is_ever_sampled(smollm2):
     # Behind a turn's end the model wants <|im_start|>, which is its BOS.
     prompts = [prefix + x for x in [*read_prompts(None)[:4], "<|im_start|>user\nHi<|im_end|>\n"]]
     encoded = [baked.tokenizer.encode(x, special_tokens=True) for x in prompts]
-    outputs = baked.generate(encoded * 9, 50, temperature=1, top_p=1, seed=0)
+    baked.max_batch_size = 45  # at once, and so in half the time
+    outputs = baked.generate(encoded * 9, 54, temperature=1, top_p=1, seed=0)
     ids = [i for x in outputs for i in x.token]
     assert len(ids) > 2000
     assert max(ids) < n
