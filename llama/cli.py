@@ -215,7 +215,9 @@ def shown(text: str, longest: int = 200, ending: int = 0) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-_deadline = [math.inf, ""]  # when time is up, and what is then said
+# Seconds in which this process ran: one that is stopped, as by Ctrl-Z, is not late for it.
+_seconds = 0
+_deadline = [math.inf, ""]  # of these, and what is then said
 _watch = threading.Thread()  # one for all texts: a Timer each takes longer than most texts do
 
 
@@ -229,7 +231,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
     if not _watch.is_alive():
         _watch = threading.Thread(target=_end_when_time_is_up, daemon=True)
         _watch.start()
-    _deadline[:] = time.monotonic() + seconds, message
+    _deadline[:] = _seconds + seconds, message
     try:
         yield
     finally:
@@ -237,8 +239,10 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 
 
 def _end_when_time_is_up() -> None:
-    while time.monotonic() < _deadline[0]:
+    global _seconds
+    while _seconds <= _deadline[0]:
         time.sleep(1)
+        _seconds += 1
     from llama import parallel
 
     _fail(f"error: {_deadline[1]}", *parallel.how_to_fail())

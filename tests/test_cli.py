@@ -147,6 +147,18 @@ def test_a_script_ends_while_torch_is_imported(tmp_path, torch_does, environment
     assert (result.returncode, result.stderr, result.stdout) == (code, message, "")
 
 
+def test_a_process_that_is_stopped_does_not_run_out_of_time(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time\nfrom llama import cli, parallel\n"
+        "if not (child := os.fork()):\n"
+        "    with cli.time_limit(3, 'too late'):\n        [time.sleep(0.5) for _ in range(4)]\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.5)\nos.kill(child, signal.SIGSTOP)\ntime.sleep(5)\n"
+        "os.kill(child, signal.SIGCONT)\nprint(os.waitpid(child, 0)[1])\n"
+    )
+    assert run_script(tmp_path / "script.py").stdout == "0\n"
+
+
 def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path):
     torch.save(torch.ones(16 << 20), tmp_path / "x.pth")  # 64 MB
     mapped = torch.load(tmp_path / "x.pth", mmap=True)
