@@ -4,8 +4,6 @@ Programs that know no soft prompts then have one: written in front of a text, th
 the prompt gives. The prompt comes before BOS, so the tokenizer adds none any more.
 """
 
-import math
-
 import numpy as np
 import torch
 
@@ -13,7 +11,7 @@ from llama.checkpoint.folder import whole_sha256
 from llama.checkpoint.gguf_tokenizer import CONTROL, UNUSED, tokenizer_files
 from llama.checkpoint.laid_out import in_dtype
 from llama.checkpoint.modelfile import render
-from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source
+from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source, common_divisor
 from llama.tokenizer import JSON_STOP_NAMES
 
 
@@ -27,7 +25,7 @@ class BakedSource(Source):
 
     def __init__(self, source: Source, prompt: torch.Tensor, vocabulary: dict) -> None:
         args = source.args
-        common = math.gcd(args.n_heads, args.vocab_size, args.hidden_dim, args.dim)
+        common = common_divisor(args)
         vocab_size = -(-(args.vocab_size + len(prompt)) // common) * common
         self.vocabulary = with_prompt(vocabulary, len(prompt), vocab_size)
         params = source.params | {"vocab_size": vocab_size}

@@ -14,7 +14,7 @@ from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
 from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source, parse_dtype
-from llama.checkpoint.write import write_checkpoint, write_files
+from llama.checkpoint.write import content_of, write_checkpoint, write_files
 from llama.cli import byte_bar, say
 from llama.files import new_folder
 from llama.options import DTYPES
@@ -62,10 +62,7 @@ def vocabulary_in(source: Source) -> dict:
             "the model has no tokenizer beside it: put its tokenizer.model or tokenizer.json into "
             "its folder"
         )
-    files = {
-        name: content.read_bytes() if isinstance(content, Path) else content
-        for name, content in source.files.items()
-    }
+    files = {name: content_of(content) for name, content in source.files.items()}
     return vocabulary_of(files, source.args.vocab_size)
 
 

@@ -291,7 +291,7 @@ def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict) -> None
     Raises ValueError for what GGUF or the dtype cannot express.
     """
     kind, file_type = WRITTEN[dtype]
-    names = [name for name in source.shapes if not (source.tied and name == OUTPUT)]
+    names = source.different_names
     kinds = {
         name: GGMLQuantizationType.F32 if len(source.shapes[name]) == 1 else kind for name in names
     }
@@ -317,13 +317,10 @@ def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict) -> None
         end = writer.fout[0].tell()
         writer.close()
 
-    offsets = {}
-    for name in names:
+    offsets, extra = {}, {} if factors is None else {ROPE_FACTORS: factors.nbytes}
+    for name, nbytes in (size | extra).items():
         offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
-        end = offsets[name] + size[name]
-    if factors is not None:
-        offsets[ROPE_FACTORS] = -(-end // ALIGNMENT) * ALIGNMENT
-        end = offsets[ROPE_FACTORS] + factors.nbytes
+        end = offsets[name] + nbytes
     file = LaidOutFile(path, offsets, -(-end // ALIGNMENT) * ALIGNMENT)
 
     def write(name: str) -> None:

@@ -215,7 +215,7 @@ def write_hf(source: Source, folder: Path, dtype: torch.dtype, tokenizer: Tokeni
         # In a model's own configuration it is a row that never learns: so not the end's.
         ids["pad_token_id"] = tokenizer.pad_id if tokenizer.pad_id != tokenizer.eos_id else None
     write_json(folder / CONFIG, config | ids)
-    names = [name for name in source.shapes if not (source.tied and name == OUTPUT)]
+    names = source.different_names
     files = _lay_out(source, folder, dtype, names)
 
     def write(name: str) -> None:

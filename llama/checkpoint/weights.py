@@ -144,9 +144,14 @@ def cut_of(name: str, args: ModelArgs, n: int) -> Cut:
     return Cut(kind.cut, parts, n)
 
 
+def common_divisor(args: ModelArgs) -> int:
+    """The greatest number that divides every size that is cut, but for the KV heads."""
+    return math.gcd(args.n_heads, args.vocab_size, args.hidden_dim, args.dim)
+
+
 def valid_shard_counts(args: ModelArgs) -> list[int]:
     """Every n into which a model can be cut, ascending."""
-    common = math.gcd(args.n_heads, args.vocab_size, args.hidden_dim, args.dim)
+    common = common_divisor(args)
     divisors = [n for n in range(1, common + 1) if common % n == 0]
     return [n for n in divisors if args.n_kv_heads % n == 0 or n % args.n_kv_heads == 0]
 
@@ -214,6 +219,11 @@ class Source:
         """Whether the output layer is the embedding."""
         pairs = zip(self.blocks(EMBEDDING), self.blocks(OUTPUT))
         return all(torch.equal(rows, others) for (_, rows), (_, others) in pairs)
+
+    @property
+    def different_names(self) -> list[str]:
+        """The names of the weights, without an output layer that is the embedding."""
+        return [name for name in self.shapes if not (name == OUTPUT and self.tied)]
 
     @property
     def has_tokenizer(self) -> bool:

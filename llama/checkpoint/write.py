@@ -50,9 +50,14 @@ def write_checkpoint(
 def write_files(folder: Path, files: dict[str, bytes | Path]) -> None:
     """Write or copy the files that go along with a model into a folder."""
     for name, content in files.items():
-        data = content.read_bytes() if isinstance(content, Path) else content
+        data = content_of(content)
         with naming_refusals(folder / name):
             (folder / name).write_bytes(data)
+
+
+def content_of(file: bytes | Path) -> bytes:
+    """The content of a file that goes along with a model, which may be elsewhere still."""
+    return file.read_bytes() if isinstance(file, Path) else file
 
 
 def _write_shards(
@@ -80,7 +85,7 @@ def _write_weight(
     for start, block in source.blocks(name):
         converted = in_dtype(block, dtype, name)
         whole.update(bytes_of(converted))
-        if dtype != block.dtype:
+        if dtype != block.dtype and source.has_hashes:
             as_read.update(bytes_of(block))
         for part, first_row, rows in _by_part(converted, start, cut, part_shape):
             data = bytes_of(rows)
@@ -89,7 +94,8 @@ def _write_weight(
             for i, shard in enumerate(shards):  # KV heads and norms: into several
                 if cut.part_in(i) == part:
                     shard.write(name, first_row * row_bytes, data)
-    source.check_sha256(name, (whole if dtype == block.dtype else as_read).hexdigest())
+    if source.has_hashes:
+        source.check_sha256(name, (whole if dtype == block.dtype else as_read).hexdigest())
     of_parts = [part.hexdigest() for part in parts] or [whole.hexdigest()]
     return {"sha256": whole.hexdigest(), "parts": of_parts}
 
