@@ -59,7 +59,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     init_ids = tokenizer.encode(flags.init_prompt, bos=False)
     model = add_soft_prompt(transformer, flags.num_virtual_tokens, init_ids, flags.ckpt_dir)
 
-    trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer.pad_id)
+    trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer)
     trainer.run(checkpoint)
     ckpt.check_unchanged()
     trainer.save(out)

@@ -40,6 +40,10 @@ TIKTOKEN_MAX_RUN = 25_000
 # What a stranger's file may take: seconds for one text, and how much longer it may make that.
 TIME_LIMIT = 30
 MAX_GROWTH = 256
+LONGEST_TEMPLATE = 1 << 20  # bytes
+
+# Beside the file, for any of the three kinds: Hugging Face's configuration, and a chat template.
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 # tokenizer.json: what a text goes through.
 JSON_STEPS = ("normalizer", "pre_tokenizer", "decoder")
@@ -58,6 +62,8 @@ class Tokenizer:
     stop_ids: every id that ends an answer, eos_id among them.
     special_tokens: the ids of tokens that no text becomes, by their names.
     pad_id: an id to fill with, eos_id where the file has none. Never recognise padding by it.
+    chat_template: how the model wants conversations written, in jinja2's language, or None.
+    words: names of special tokens as chat templates know them: bos_token, eos_token, …
     """
 
     n_words: int
@@ -66,6 +72,8 @@ class Tokenizer:
     pad_id: int
     stop_ids: frozenset[int]
     special_tokens: dict[str, int]
+    chat_template: str | None
+    words: dict[str, str]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
     _decode: Callable[[list[int]], str]
     _special_ids: Container[int]  # those left out of a decoded text
@@ -83,20 +91,29 @@ class Tokenizer:
         with self._guarded():
             load = {"json": self._load_json, "tiktoken": self._load_tiktoken}
             load.get(kind_of(data), self._load_sentencepiece)(data)
+            self._load_words()
 
     def encode(
-        self, s: str, *, bos: bool = True, eos: bool = False, special_tokens: bool = False
+        self,
+        s: str,
+        *,
+        bos: bool = True,
+        eos: bool = False,
+        special_tokens: bool = False,
+        mark: str = "",
     ) -> list[int]:
         """Token ids of a text; the name of a special token inside s is plain text.
 
         bos puts bos_id in front (nothing where it is None), eos puts eos_id at the end. With
-        special_tokens, names in .special_tokens become their ids, and what is between is encoded.
+        special_tokens, names in .special_tokens become their ids, and what is between is encoded,
+        without mark: a string by which a name can be kept from being one.
         """
         # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
         # UTF-8) is no character: two of the three libraries would fail on it.
         s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         names = sorted(self.special_tokens, key=len, reverse=True) if special_tokens else []
         parts = re.split(f"({'|'.join(map(re.escape, names))})", s) if names else [s]
+        parts = [part.replace(mark, "") for part in parts] if mark else parts
         ids = []
         with self._guarded():
             for part in filter(None, parts):
@@ -186,8 +203,8 @@ class Tokenizer:
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = True
-        config_path = self.model_path.with_name("tokenizer_config.json")
-        config = read_json(config_path) if config_path.is_file() else {}
+        config_path = self.model_path.with_name(CONFIG)
+        config = self._config()
 
         def named_id(key: str) -> int | None:
             token = config.get(key)
@@ -217,6 +234,40 @@ class Tokenizer:
         stop_ids = {rust.token_to_id(name) for name in JSON_STOP_NAMES} & special
         self.stop_ids = frozenset(stop_ids | {self.eos_id})
         self._special_ids = special | {self.bos_id, self.eos_id}
+
+    def _config(self) -> dict:
+        """The tokenizer_config.json beside the file, {} if there is none."""
+        path = self.model_path.with_name(CONFIG)
+        return read_json(path) if path.is_file() else {}
+
+    def _load_words(self) -> None:
+        """What chat templates need: the template itself, and the names of special tokens."""
+        config, template = self._config(), self.model_path.with_name(TEMPLATE)
+        found = config.get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if template.is_file():
+            found = read_template(template)
+        self.chat_template = found if isinstance(found, str) else None
+        names = {i: name for name, i in self.special_tokens.items()}
+        self.words = {
+            "bos_token": names.get(self.bos_id, ""),
+            "eos_token": names.get(self.eos_id, ""),
+        }
+        for key, token in config.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(token, str):
+                self.words[key] = token
+
+
+def read_template(path: Path) -> str:
+    """The chat template in a file. Raises ValueError for one that cannot be any."""
+    if path.stat().st_size > LONGEST_TEMPLATE:
+        raise ValueError(f"{path}: too long for a chat template")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no chat template, but not text at all") from None
 
 
 def kind_of(data: bytes) -> str:

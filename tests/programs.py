@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from llama import LLaMA, cli, parallel
 from llama.checkpoint.folder import Checkpoint
-from llama.generation import Sampling, load_model, sample_on_rank_0
+from llama.generation import load_model
 from llama.model import KVCache
+from llama.options import SamplingParams
 from llama.prompts import read_prompts
+from llama.sampling import Sampler
 
 
 def load(ckpt_dir: str | Path, dtype: torch.dtype | None = None):
@@ -49,7 +51,9 @@ def collectives_of_a_step(model) -> list[str]:
     for name in ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce"):
         setattr(dist, name, counting(name, getattr(dist, name)))
     h = model.hidden_states(torch.tensor([[3]]), cache=cache, start_pos=[0])
-    sample_on_rank_0(model.gather_logits(h[:, -1]), Sampling(0, 1.0, torch.Generator()))
+    Sampler(SamplingParams(temperature=0), torch.Generator()).next_ids(
+        model.gather_logits(h[:, -1])
+    )
     return list(calls)
 
 
