@@ -22,33 +22,82 @@ Ctrl-C           stop an answer
 Ctrl-D           end"""
 
 
+class Terminal:
+    """Lines from a user who edits them, and Ctrl-C while an answer is written."""
+
+    def __init__(self) -> None:
+        from prompt_toolkit import PromptSession  # here, as only a terminal needs it
+        from prompt_toolkit.formatted_text import HTML
+
+        self.session: PromptSession[str] = PromptSession(
+            HTML("<ansigreen><b>&gt; </b></ansigreen>")  # without colour where NO_COLOR is set
+        )
+        self.typed = ""  # while an answer was written: the beginning of the next line
+
+    def read(self) -> str | None:
+        """A line; None is the end."""
+        while True:
+            typed, self.typed = self.typed, ""
+            with contextlib.suppress(KeyboardInterrupt):  # takes back the line
+                try:
+                    return self.session.prompt(default=typed)
+                except EOFError:
+                    return None
+
+    @contextlib.contextmanager
+    def watched_for_ctrl_c(self) -> Iterator[Callable[[], bool]]:
+        """Give a function that tells whether Ctrl-C was typed, which then interrupts nothing.
+
+        As a signal it would reach torchrun, and end all ranks.
+        """
+        file = sys.stdin.fileno()
+        before, mode = termios.tcgetattr(file), termios.tcgetattr(file)
+        mode[3] &= ~(termios.ICANON | termios.ECHO)  # give each character at once
+        mode[6][termios.VINTR] = b"\0"  # no character is a signal
+
+        def typed() -> bool:
+            ready, _, _ = select.select([file], [], [], 0)
+            text = os.read(file, 1024).decode(errors="ignore") if ready else ""
+            self.typed += "".join(filter(str.isprintable, text))
+            return "\x03" in text
+
+        termios.tcsetattr(file, termios.TCSADRAIN, mode)
+        try:
+            yield typed
+        finally:
+            termios.tcsetattr(file, termios.TCSADRAIN, before)
+
+
 def talk(chat: Chat) -> None:
     """Read turns and print answers until the input ends."""
-    here = parallel.rank() == 0
-    in_terminal = here and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    with restored_terminal() if in_terminal else contextlib.nullcontext():
-        read = terminal_reader() if in_terminal else read_line
-        if in_terminal:
+    here = parallel.rank() == 0 and sys.stdin is not None
+    with contextlib.ExitStack() as stack:
+        terminal = None
+        if here and sys.stdin.isatty() and sys.stdout.isatty():
+            stack.enter_context(restored_terminal())
+            terminal = Terminal()
             say("/help tells what else there is than to write a message")
+        read = terminal.read if terminal else read_line
         while (line := parallel.from_rank_0(read)) is not None:
             command, _, argument = line.strip().partition(" ")
             if command.startswith("/"):
                 _obey(chat, command, argument.strip())
             elif command:
-                _answer(chat, line, in_terminal)
+                _answer(chat, line, terminal)
 
 
-def _answer(chat: Chat, text: str, in_terminal: bool) -> None:
+def _answer(chat: Chat, text: str, terminal: Terminal | None) -> None:
     dropped = chat.n_dropped
-    with watched_for_ctrl_c() if in_terminal else contextlib.nullcontext(lambda: False) as stop:
+    never = contextlib.nullcontext(lambda: False)
+    with terminal.watched_for_ctrl_c() if terminal else never as stop:
         try:
             pieces = chat.ask(text, stop)
         except ValueError as error:
             say(f"not sent: {error}")
             return
         for piece in pieces:
-            _show(piece, in_terminal)
-    _show("\n\n" if in_terminal else "\n", in_terminal)
+            _show(piece, terminal)
+    _show("\n\n" if terminal else "\n", terminal)
     if chat.n_dropped > dropped:
         n = counted(chat.n_dropped - dropped, "turn")
         say(f"the context of {chat.generator.max_seq_len} tokens was full: the oldest {n} left out")
@@ -73,9 +122,9 @@ def _obey(chat: Chat, command: str, argument: str) -> None:
         say(HELP)
 
 
-def _show(text: str, in_terminal: bool) -> None:
+def _show(text: str, terminal: Terminal | None) -> None:
     if parallel.rank() == 0:
-        if in_terminal:  # which would obey what a model writes
+        if terminal:  # which would obey what a model writes
             text = "".join(c for c in text if c.isprintable() or c in "\n\t")
         print(text, end="", flush=True)
 
@@ -84,47 +133,6 @@ def read_line() -> str | None:
     """A line of stdin, None at its end."""
     line = sys.stdin.readline() if sys.stdin is not None else ""
     return line.rstrip("\n") if line else None
-
-
-def terminal_reader() -> Callable[[], str | None]:
-    """A function that lets the user edit a line, with a history; None is the end."""
-    from prompt_toolkit import PromptSession  # here, as only a terminal needs it
-    from prompt_toolkit.formatted_text import HTML
-
-    session: PromptSession = PromptSession()
-
-    def read() -> str | None:
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):  # takes back the line
-                try:
-                    return session.prompt(HTML("<ansigreen><b>&gt; </b></ansigreen>"))
-                except EOFError:
-                    return None
-
-    return read
-
-
-@contextlib.contextmanager
-def watched_for_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether Ctrl-C was typed, which then interrupts nothing.
-
-    As a signal it would reach torchrun, and end all ranks.
-    """
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    mode = termios.tcgetattr(terminal)
-    mode[3] &= ~(termios.ICANON | termios.ECHO)  # give each character at once
-    mode[6][termios.VINTR] = b"\0"  # no character is a signal
-
-    def typed() -> bool:
-        ready, _, _ = select.select([terminal], [], [], 0)
-        return bool(ready) and b"\x03" in os.read(terminal, 1024)
-
-    termios.tcsetattr(terminal, termios.TCSADRAIN, mode)
-    try:
-        yield typed
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 @contextlib.contextmanager

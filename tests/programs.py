@@ -57,14 +57,19 @@ def collectives_of_a_step(model) -> list[str]:
     return list(calls)
 
 
-def greedy_tokens(models: list, prompts: list[str]) -> list:
-    """What each of several models, of (folder, tokenizer), generates."""
+SAMPLING = {"max_gen_len": 12, "temperature": 0.9, "top_p": 0.9, "seed": 4, "top_k": 20}
+SAMPLING |= {"min_p": 0.01, "repetition_penalty": 1.2}
+
+
+def generated_tokens(models: list, prompts: list[str]) -> list:
+    """What each of several models, of (folder, tokenizer), generates; the last one sampled too."""
     tokens = []
     for ckpt_dir, tokenizer_path in models:
         generator = LLaMA.build(ckpt_dir, tokenizer_path)
         outputs = generator.generate(prompts, max_gen_len=16, temperature=0)
         tokens.append([output.token for output in outputs])
-    return tokens
+    sampled = generator.generate(prompts, **SAMPLING)
+    return [*tokens, [output.token for output in sampled]]
 
 
 def smollm2(ckpt_dir: str, ids: list[int], out: str) -> list:
