@@ -28,7 +28,7 @@ demo: $(DEMO)_fs3/params.json
 
 # tune a prompt on the shipped instructions over three ranks, then show answers before and after
 demo-ft: saved/short_answers/adapter_config.json
-	$(TORCHRUN) example.py $(MODEL) $(QUESTIONS) --temperature 0
+	$(TORCHRUN) example.py $(MODEL) $(QUESTIONS) --instruct --temperature 0
 	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --temperature 0 \
 		--tuning_ckpt_path saved/short_answers
 
@@ -36,7 +36,8 @@ demo-ft: saved/short_answers/adapter_config.json
 demo-anywhere: $(BAKED)/Modelfile
 	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --temperature 0 \
 		--tuning_ckpt_path saved/short_answers
-	$(VENV)/bin/python benchmarks/answer_llama_cpp.py --gguf $(BAKED) $(QUESTIONS)
+	$(VENV)/bin/python benchmarks/answer_llama_cpp.py --gguf $(BAKED) $(QUESTIONS) \
+		--instruct
 
 $(BAKED)/Modelfile: saved/short_answers/adapter_config.json
 	rm -rf $(BAKED)

@@ -41,7 +41,11 @@ def main(
     from llama.checkpoint.embeds import write_embeds
     from llama.checkpoint.weights import valid_shard_counts
     from llama.prompts import read_prompts
-    from llama.tuning.adapter import load_soft_prompt, warn_of_another_model
+    from llama.tuning.adapter import (
+        chat_template_beside,
+        load_soft_prompt,
+        warn_of_another_model,
+    )
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
@@ -56,7 +60,7 @@ def main(
         print(f"{out_dir}: prompts.jsonl names the file of each prompt: a tensor (tokens, dim)")
         return
     if prompt is not None:
-        source = bake(source, prompt)
+        source = bake(source, prompt, chat_template_beside(tuning_ckpt_path))
     convert(source, out_dir, to, n, dtype, consolidated)
     if verify:
         verify_written(source, out_dir)

@@ -14,8 +14,9 @@ def main(flags: TunedGenerationOptions) -> None:
     from llama import LLaMA
     from llama.chat import Chat
     from llama.prompts import DATASETS, complete, read_requests, report, template_of
+    from llama.template import ChatTemplate
     from llama.terminal import talk
-    from llama.tuning.adapter import load_soft_prompt, template_beside, warn_of_another_model
+    from llama.tuning.adapter import chat_template_beside, load_soft_prompt, warn_of_another_model
 
     memory = cli.MemoryWatch(interval=0.05)
     requests = read_requests(flags, DATASETS / "unseen_questions.jsonl")
@@ -24,7 +25,8 @@ def main(flags: TunedGenerationOptions) -> None:
     )
     generator.soft_prompt = load_soft_prompt(flags.tuning_ckpt_path, generator.model.args.dim)
     warn_of_another_model(flags.tuning_ckpt_path, generator.model)
-    template = None if flags.raw else template_beside(flags.tuning_ckpt_path, generator.tokenizer)
+    trained_with = None if flags.raw else chat_template_beside(flags.tuning_ckpt_path)
+    template = trained_with and ChatTemplate(trained_with, generator.tokenizer)
     if flags.chat:
         talk(Chat(generator, template or template_of(generator), flags.system, **flags.sampling()))
     else:

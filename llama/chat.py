@@ -26,9 +26,9 @@ class Chat:
         """Forget all turns."""
         self.turns: list[dict[str, str]] = []
         self.n_dropped = 0
-        # The conversation up to the last answer, as it was read and written: an answer's own ids
-        # need not be those that its text would get.
-        self._text, self._ids = "", []
+        # The conversation up to the last answer, this, and the ids of both, as they were read and
+        # written: an answer's own ids need not be those that its text would get.
+        self._asked, self._answered, self._ids = "", "", []
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -40,6 +40,7 @@ class Chat:
 
         Raises ValueError, and forgets the message, if it is too long or does not fit the template.
         """
+        before = list(self.turns), self.n_dropped
         self.turns.append({"role": "user", "content": text})
         try:
             conversation, ids = self._fitting()
@@ -47,7 +48,7 @@ class Chat:
                 ids, cache=self.cache, interrupted=interrupted, **self.params
             )
         except ValueError:
-            self.turns.pop()
+            self.turns, self.n_dropped = before
             raise
         self.output = stream.output
         return self._answer(stream, conversation, ids)
@@ -56,7 +57,7 @@ class Chat:
         yield from stream
         answer = self.output.text
         self.turns.append({"role": "assistant", "content": answer})
-        self._text = conversation + self.template.guard(answer)
+        self._asked, self._answered = conversation, self.template.guard(answer)
         self._ids = ids + self.output.token
 
     def _fitting(self) -> tuple[str, list[int]]:
@@ -73,6 +74,10 @@ class Chat:
 
     def _read(self) -> tuple[str, list[int]]:
         text = self.template.text(self.messages)
-        if self._text and text.startswith(self._text):
-            return text, self._ids + self.template.encode(text[len(self._text) :])
+        if self._ids and text.startswith(self._asked):
+            # Templates strip answers, or put a space before them.
+            rest = text[len(self._asked) :].lstrip()
+            for answer in (self._answered.lstrip(), self._answered.strip()):
+                if rest.startswith(answer):
+                    return text, self._ids + self.template.encode(rest[len(answer) :])
         return text, self.template.encode(text)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import REPO, TOKENIZERS
 
+from llama.template import ChatTemplate
 from llama.tokenizer import Tokenizer
 from llama.tuning.data import (
+    alpaca_chat_template,
     alpaca_prompt,
     collate,
     load_instructions,
@@ -304,3 +306,15 @@ def test_the_short_answers_are_as_their_readme_says_in_a_folder_that_is_no_packa
 def test_short_answers_fit_the_usual_length(tokenizer, capsys):
     assert len(tokenized(SHORT_ANSWERS, tokenizer, 256)) == len(load_instructions(SHORT_ANSWERS))
     assert capsys.readouterr().err == ""
+
+
+def test_the_chat_template_of_a_tuned_prompt_gives_what_it_was_trained_on(tokenizer):
+    template = ChatTemplate(alpaca_chat_template(tokenizer), tokenizer)
+    for instruction in ("Name a river.", " {% raw %}\n\n{{ x }} 你好 ", "### Response:"):
+        messages = [{"role": "user", "content": instruction}]
+        assert template.ids(messages) == tokenizer.encode(alpaca_prompt(instruction))
+    more = [*messages, {"role": "assistant", "content": "One"}, {"role": "user", "content": "Two"}]
+    after = tokenizer.decode(template.ids(more)).removeprefix(alpaca_prompt(instruction))
+    assert after == "One\n\n### Instruction:\nTwo\n\n### Response:"
+    with pytest.raises(ValueError, match="takes no system message"):
+        template.ids([{"role": "system", "content": "Be kind"}, *messages])

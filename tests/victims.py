@@ -260,8 +260,9 @@ def read_flags(folder: Path) -> object:
     if not any(name in sys.argv[-1] for name in TUNING):
         flags = GenerationOptions(**cli.parse_flags(GenerationOptions))
         model = LLaMA.build(folder, folder, 24, flags.max_batch_size, flags.dtype)
-        wanted = (flags.max_gen_len, flags.temperature, flags.top_p, flags.seed)
-        found, likeliest = (model.generate(["Hi", "You"], *x) for x in (wanted, (24, 0.0)))
+        wanted = flags.sampling() | {"n": 1, "echo": False, "logprobs": None}
+        greedy = wanted | {"max_gen_len": 24, "temperature": 0}
+        found, likeliest = (model.generate(["Hi", "You"], **x) for x in (wanted, greedy))
         tokens = [i for output in found for i in output.token]
         assert all(0 <= i < VOCAB_SIZE for i in tokens)
         if flags.temperature < 1e-6:
@@ -298,7 +299,8 @@ def read_on_ranks(folder: Path) -> object:
 # What is attacked.
 
 
-SAMPLING = ("max_gen_len", "temperature", "top_p", "seed", "max_batch_size", "dtype")
+SAMPLING = ("max_gen_len", "temperature", "top_p", "seed", "max_batch_size", "dtype", "top_k")
+SAMPLING += ("min_p", "repetition_penalty", "stop")
 TUNING = ("num_epochs", "max_steps", "batch_size", "lr", "warmup_steps", "max_seq_len")
 TUNING += ("gradient_accumulation_steps", "max_grad_norm", "val_set_size", "eval_steps", "--seed")
 FLAGS = ["nan", "inf", "-inf", "-0.0", "1e-45", "1e-39", "5e-324", "1e-7", "1e308", "1e400", "0.5"]

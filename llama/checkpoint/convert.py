@@ -48,9 +48,13 @@ def open_any(path: str | Path) -> Source:
     return GGUFFile(inside[0])
 
 
-def bake(source: Source, prompt: torch.Tensor) -> BakedSource:
-    """Put a tuned prompt, (num_virtual_tokens, dim), into a model's vocabulary."""
-    return BakedSource(source, prompt, vocabulary_in(source))
+def bake(source: Source, prompt: torch.Tensor, chat_template: str | None = None) -> BakedSource:
+    """Put a tuned prompt, (num_virtual_tokens, dim), into a model's vocabulary.
+
+    chat_template: of the conversations that it was trained on, in place of the tokenizer's.
+    """
+    template = {} if chat_template is None else {"tokenizer.chat_template": chat_template}
+    return BakedSource(source, prompt, vocabulary_in(source) | template)
 
 
 def vocabulary_in(source: Source) -> dict:

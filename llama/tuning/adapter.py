@@ -19,8 +19,7 @@ from llama.files import (
     write_whole,
 )
 from llama.model import Transformer
-from llama.template import ChatTemplate
-from llama.tokenizer import TEMPLATE, Tokenizer, read_template
+from llama.tokenizer import TEMPLATE, read_template
 
 if TYPE_CHECKING:  # to read an adapter needs neither PEFT nor transformers, which load slowly
     from peft import PeftModel
@@ -119,10 +118,10 @@ def warn_of_another_model(path: str | Path, model: Transformer | Source) -> None
         cli.say(f"{path}: was trained on another model (it differs in {changed})")
 
 
-def template_beside(path: str | Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+def chat_template_beside(path: str | Path) -> str | None:
     """The template of conversations that a tuned prompt was trained on; None if no file says."""
     found = _beside(Path(path), TEMPLATE)
-    return ChatTemplate(read_template(found), tokenizer) if found.is_file() else None
+    return read_template(found) if found.is_file() else None
 
 
 def differing(before: dict, now: dict) -> str:
