@@ -46,7 +46,8 @@ def tune(flags: TuningOptions, out: Path) -> None:
     rows = tokenize_dataset(
         flags.dataset_path,
         tokenizer,
-        flags.max_seq_len - flags.num_virtual_tokens,
+        flags.max_seq_len,
+        flags.num_virtual_tokens,
         train_on_inputs=flags.train_on_inputs,
     )
     train_rows, eval_rows = split_dataset(rows, flags.val_set_size, flags.seed)

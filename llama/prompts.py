@@ -103,13 +103,15 @@ def complete(
     elif template is None and generator.tokenizer.chat_template is not None:
         say("this model has a chat template; prompts are sent without it (--instruct uses it)")
     ready = [request for request in requests if _make_ready(request, generator, flags, template)]
+    if not ready:
+        raise ValueError("no prompt is left to continue")
     if flags.json or len(ready) > 1 or flags.n > 1:
         outputs = generator.outputs([request.prompt for request in ready], **flags.sampling())
         with TokenBar(generator.timing) as bar:
             for i, output in enumerate(outputs):
                 with bar.paused():
                     _print(ready[i // flags.n], output, flags)
-    elif ready:
+    else:
         stream = generator.stream(ready[0].prompt, **flags.sampling())
         _write(ready[0].text)
         for piece in stream:

@@ -228,7 +228,9 @@ def test_long_rows_are_cut_and_counted_in_one_message(tmp_path, capsys):
 def test_no_row_left_is_an_error_that_tells_the_lengths(tmp_path):
     path = write_rows(tmp_path / "rows.json", ("aaa", "b"), ("a", "b"))
     shortest = prompt_length("a")
-    message = f"{path}: .* the {shortest} tokens beside .* has {shortest}; .* larger --max_seq_len"
+    message = (
+        f"{path}: .* has {shortest} tokens, .* leaves {shortest}; give --max_seq_len {shortest + 1}"
+    )
     with pytest.raises(ValueError, match=message):
         tokenized(path, max_seq_len=shortest)
     assert len(tokenized(path, max_seq_len=shortest + 1)) == 1

@@ -9,6 +9,7 @@ from llama.tuning.options import TuningOptions
 
 NEEDED = {"ckpt_dir": "c", "tokenizer_path": "t"}
 GENERATION = GenerationOptions(**NEEDED)
+CHAT = GenerationOptions(**NEEDED, chat=True)
 TUNING = TuningOptions(**NEEDED, dataset_path="d", output_dir="o", max_seq_len=96)
 BAD = [
     (TUNING, "num_virtual_tokens", 96, "below --max_seq_len 96"),
@@ -35,6 +36,19 @@ BAD = [
     (GENERATION, "top_p", 0, "above 0"),
     (GENERATION, "seed", -1, "from 0"),
     (GENERATION, "seed", 2**32, "from 0"),  # torch on a CPU would take it for 0
+    (GENERATION, "top_k", -1, "at least 0"),
+    (GENERATION, "min_p", 1.5, "from 0 to 1"),
+    (GENERATION, "repetition_penalty", -1.0, "above 0"),
+    (GENERATION, "repetition_penalty", 0.0, "above 0"),
+    (GENERATION, "stop", [""], "at least one character"),
+    (GENERATION, "stop", "text", "at least one character"),
+    (GENERATION, "n", 0, "at least 1"),
+    (GENERATION, "logprobs", -1, "at least 0"),
+    (GENERATION, "logprobs", 1, "go with --json"),
+    (GENERATION, "system", "x", "goes with --chat or --instruct"),
+    (CHAT, "n", 2, "does not go with --chat"),
+    (CHAT, "json", True, "does not go with --chat"),
+    (CHAT, "prompt", "x", "and --chat: give one of them"),
     (GENERATION, "max_seq_len", 0, "at least 1"),
     (GENERATION, "max_batch_size", 0, "at least 1"),
     (GENERATION, "dtype", "int3", "one of float32, bfloat16, float16"),

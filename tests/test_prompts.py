@@ -1,8 +1,17 @@
-"""The prompts that the example scripts read, and what is said of a file that has none."""
+"""The prompts that the example scripts read, what they print, what is said of bad ones."""
+
+import io
+import json
+import sys
 
 import pytest
+from conftest import TOKENIZERS, make_ckpt
 
-from llama.prompts import read_prompts
+from llama import LLaMA
+from llama.options import GenerationOptions
+from llama.prompts import SEPARATOR, complete, read_messages, read_prompts, read_requests
+
+PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
 
 def test_without_a_file_the_six_known_prompts_run():
@@ -39,3 +48,61 @@ def test_a_file_without_prompts_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    ckpt_dir = make_ckpt(tmp_path_factory.mktemp("prompts") / "ckpt", vocab_size=VOCAB_SIZE)
+    return LLaMA.build(ckpt_dir, PATH, 40)
+
+
+def completed(generator, capsys, **flags) -> tuple[str, str]:
+    """What is printed on stdout and stderr for prompts from stdin or a file."""
+    options = {"max_gen_len": 5, "temperature": 0, "max_seq_len": 40} | flags
+    options = GenerationOptions(ckpt_dir="", tokenizer_path="", **options)
+    complete(generator, read_requests(options), options)
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def test_a_prompt_that_is_too_long_is_named_and_the_others_run(generator, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("One\n" + "word " * 60 + "\nTwo two ")
+    texts = [x.text for x in generator.generate(["One", "Two two "], 5, 0)]
+    out, err = completed(generator, capsys, prompts_file=str(tmp_path / "p.txt"))
+    assert out == f"One{texts[0]}{SEPARATOR}Two two {texts[1]}{SEPARATOR}"
+    assert "left out: prompt 'word word" in err
+    assert "no room to generate in max_seq_len 40" in err
+    out, _ = completed(generator, capsys, prompts_file=str(tmp_path / "p.txt"), json=True)
+    found = sorted((json.loads(line) for line in out.splitlines()), key=lambda x: x["prompt"])
+    assert found[0]["text"] == texts[0]
+    assert [x["prompt"][:3] for x in found if "error" in x] == ["wor"]
+    with pytest.raises(ValueError, match="no prompt is left"):
+        completed(generator, capsys, prompt="word " * 60)
+
+
+def test_a_single_prompt_is_streamed_and_a_cut_is_told(generator, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 20))
+    out, err = completed(generator, capsys, prompt="-", max_gen_len=30)
+    output = generator.generate(["word " * 20], 30, 0)[0]
+    assert out == "word " * 20 + output.text + SEPARATOR
+    assert f"was cut short after {len(output.token)} tokens: --max_seq_len 40 is full" in err
+
+
+def test_json_holds_what_generate_gives(generator, capsys):
+    options = {"prompt": "One", "logprobs": 2, "echo": True, "n": 2}
+    out, _ = completed(generator, capsys, json=True, **options)
+    found = [json.loads(line) for line in out.splitlines()]
+    output = generator.generate(["One"], 5, 0, logprobs=2, echo=True, n=2)[0]
+    assert len(found) == 2
+    assert found[0]["tokens"] == output.token
+    assert found[0]["logprobs"] == output.logprobs
+    assert found[0]["prompt_logprobs"] == output.prompt_logprobs
+    assert found[0]["top_logprobs"][0] == {str(i): x for i, x in output.top_logprobs[0].items()}
+    assert found[0]["timings"]["generated_tokens"] == 5
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"messages": 3}', "not json", "\n"])
+def test_a_file_of_messages_without_any_is_named(tmp_path, content):
+    (tmp_path / "m.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"m\.jsonl"):
+        read_messages(tmp_path / "m.jsonl")

@@ -158,7 +158,7 @@ def tuned(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "in use; choose another folder, or --resume"),
+        ({}, r"in use: holds adapter_config\.json.*; choose another folder, or --resume"),
         ({"resume": True, "num_virtual_tokens": 9}, "options .num_virtual_tokens.; give those in"),
         ({"resume": True, "ckpt_dir": "other"}, "begun with another model.*.norm_eps"),
         ({"resume": True, "batch_size": 3, "seed": 1}, "another .* .batch_size, seed."),

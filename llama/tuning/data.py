@@ -87,14 +87,23 @@ def _check_row(where: str, value: object) -> dict[str, str]:
 
 
 def tokenize_dataset(
-    path: str | Path, tokenizer: Tokenizer, longest: int, *, train_on_inputs: bool = False
+    path: str | Path,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    num_virtual_tokens: int = 0,
+    *,
+    train_on_inputs: bool = False,
 ) -> list[Row]:
     """Make tokens of the rows of a file: prompt, response, end of sequence.
 
-    labels are -100 on the prompt unless train_on_inputs. Rows of more than longest tokens are cut;
-    those whose prompt leaves no room for a response are left out; one message says how many.
+    labels are -100 on the prompt unless train_on_inputs. Rows that with the tuned prompt's tokens
+    are longer than max_seq_len are cut; those whose prompt leaves no room for a response are left
+    out; one message says how many.
     Raises what load_instructions does, and ValueError if no row is left.
     """
+    longest = max_seq_len - num_virtual_tokens
+    less = f"--max_seq_len {max_seq_len}"
+    less += f" less the tuned prompt's {num_virtual_tokens}" if num_virtual_tokens else ""
     instructions = load_instructions(path)
     rows: list[Row] = []
     cut, too_long = 0, []
@@ -116,14 +125,14 @@ def tokenize_dataset(
         rows.append({"input_ids": ids, "labels": labels})
     if not rows:
         raise ValueError(
-            f"{path}: no row leaves room for a response within the {longest} tokens beside the "
-            f"tuned prompt's: the shortest prompt has {min(too_long)}; give a larger --max_seq_len"
+            f"{path}: no row leaves room for a response: the shortest prompt, with Alpaca's words "
+            f"around it, has {cli.counted(min(too_long), 'token')}, and {less} leaves {longest}; "
+            f"give --max_seq_len {num_virtual_tokens + min(too_long) + 1} at least, and better more"
         )
     if cut or too_long:
         cli.say(
-            f"{path}: of {len(instructions)} rows {cut} were cut to the {longest} tokens "
-            f"beside the tuned prompt's, and "
-            f"{len(too_long)} left out, whose prompt alone fills that"
+            f"{path}: of {len(instructions)} rows {cut} were cut to the {longest} tokens that "
+            f"{less} leaves, and {len(too_long)} left out, whose prompt alone fills that"
         )
     return rows
 

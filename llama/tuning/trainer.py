@@ -25,8 +25,8 @@ from llama.files import (
     write_json,
     write_whole,
 )
-from llama.tokenizer import Tokenizer
-from llama.tuning.adapter import base_model_facts, differing, load_soft_prompt, save_adapter
+from llama.tokenizer import TEMPLATE, Tokenizer
+from llama.tuning.adapter import BASE, base_model_facts, differing, load_soft_prompt, save_adapter
 from llama.tuning.data import Row, alpaca_chat_template, collate
 from llama.tuning.model import soft_prompt_of
 from llama.tuning.options import TuningOptions
@@ -40,6 +40,7 @@ except ImportError as error:
 # The last file written into a checkpoint's folder: its step, what a resumed run must keep, and the
 # SHA-256 of every other file, by which a whole checkpoint is known before it is read.
 RUN = "run.json"
+PICTURE = "loss.png"
 STATE = "trainer_state.json"  # the Trainer's own name
 OPTIMIZER = "optimizer.safetensors"
 
@@ -142,7 +143,7 @@ class PromptTrainer(transformers.Trainer):
                 save_adapter(self.model, folder, self.chat_template)
                 with write_whole(folder / STATE) as partial:
                     self.state.save_to_json(str(partial))
-                plot_losses(self.state.log_history, folder / "loss.png")
+                plot_losses(self.state.log_history, folder / PICTURE)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Write a checkpoint, by rank 0: the whole folder or nothing. The Trainer calls this."""
@@ -260,9 +261,16 @@ class Progress(transformers.TrainerCallback):
 
 
 def check_unused(output_dir: Path) -> None:
-    """Raise ValueError if a folder holds anything but what an interrupted write left behind."""
-    if output_dir.is_file() or any(output_dir.glob("[!.]*")):
-        raise ValueError(f"{output_dir}: in use; choose another folder, or --resume a run in it")
+    """Raise ValueError if a folder holds what a run would write; other files may lie there."""
+    if output_dir.is_file():
+        raise ValueError(f"{output_dir}: is a file; choose a folder for --output_dir")
+    ours = (BASE, STATE, PICTURE, TEMPLATE, "adapter_*", "checkpoint-*")
+    found = sorted({path.name for name in ours for path in output_dir.glob(name)})
+    if found:
+        raise ValueError(
+            f"{output_dir}: in use: holds {cli.first_few(found)}; choose another folder, or "
+            "--resume a run in it"
+        )
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
