@@ -14,9 +14,9 @@ from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
 from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source, parse_dtype
-from llama.checkpoint.write import content_of, write_checkpoint, write_files
+from llama.checkpoint.write import write_checkpoint, write_files
 from llama.cli import byte_bar, say
-from llama.files import new_folder
+from llama.files import content_of, new_folder
 from llama.options import DTYPES
 from llama.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from llama.checkpoint.laid_out import LaidOutFile, check_space, in_dtype, write_
 from llama.checkpoint.manifest import Manifest, describe_file, describe_weights
 from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
 from llama.cli import counted
-from llama.files import bytes_of, naming_refusals, new_folder, write_json
+from llama.files import bytes_of, content_of, naming_refusals, new_folder, write_json
 
 
 def write_checkpoint(
@@ -53,11 +53,6 @@ def write_files(folder: Path, files: dict[str, bytes | Path]) -> None:
         data = content_of(content)
         with naming_refusals(folder / name):
             (folder / name).write_bytes(data)
-
-
-def content_of(file: bytes | Path) -> bytes:
-    """The content of a file that goes along with a model, which may be elsewhere still."""
-    return file.read_bytes() if isinstance(file, Path) else file
 
 
 def _write_shards(
