@@ -37,8 +37,9 @@ def main(
     """
     # here and not above, so that --help need not wait for torch
     from llama import parallel
-    from llama.checkpoint.convert import bake, check_target, convert, open_any, verify_written
+    from llama.checkpoint.convert import bake, check_target, convert, verify_written
     from llama.checkpoint.embeds import write_embeds
+    from llama.checkpoint.formats import open_any
     from llama.checkpoint.weights import valid_shard_counts
     from llama.prompts import read_prompts
     from llama.tuning.adapter import load_soft_prompt, warn_of_another_model

@@ -64,10 +64,10 @@ def tune(flags: TuningOptions, out: Path) -> None:
     ckpt.check_unchanged()
     trainer.save(out)
     if parallel.rank() == 0:
+        given = f" --tokenizer_path {flags.tokenizer_path}" if flags.tokenizer_path else ""
         print(
             f"{out}: generate with it: torchrun --nproc_per_node {parallel.world_size()} "
-            f"example_ft.py --ckpt_dir {flags.ckpt_dir} "
-            f"--tokenizer_path {flags.tokenizer_path} --tuning_ckpt_path {out}"
+            f"example_ft.py --ckpt_dir {flags.ckpt_dir}{given} --tuning_ckpt_path {out}"
         )
 
 

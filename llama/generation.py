@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.weights import parse_dtype
+from llama.checkpoint.formats import open_any
+from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, end_with_torchrun, shown
 from llama.model import KVCache, Transformer
 from llama.options import check_sampling
@@ -48,19 +48,20 @@ class LLaMA:
     max_batch_size: int = 32
     soft_prompt: torch.Tensor | None = None  # (num_virtual_tokens, dim), before every prompt
     timing: Timing = field(default_factory=Timing)
-    ckpt: Checkpoint | None = None  # whose mapped files are to stay as they are meanwhile
+    ckpt: Source | None = None  # whose mapped files are to stay as they are meanwhile
 
     @classmethod
     def build(
         cls,
         ckpt_dir: str | Path,
-        tokenizer_path: str | Path,
+        tokenizer_path: str | Path | None = None,
         max_seq_len: int = 512,
         max_batch_size: int = 32,
         dtype: str | None = None,
     ) -> "LLaMA":
-        """Load this rank's shard of a checkpoint, and the tokenizer.
+        """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
+        tokenizer_path: None takes the one that the checkpoint holds.
         dtype: float32, bfloat16 or float16; None takes what the checkpoint holds. Raises
         FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
         """
@@ -205,29 +206,46 @@ class LLaMA:
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
 
 
-def open_pair(ckpt_dir: str | Path, tokenizer_path: str | Path) -> tuple[Checkpoint, Tokenizer]:
-    """A checkpoint, not yet read, and its tokenizer; ValueError where their vocabularies differ."""
-    ckpt, tokenizer = Checkpoint(ckpt_dir), Tokenizer(tokenizer_path)
-    if tokenizer.n_words != ckpt.args.vocab_size:
+def open_pair(
+    ckpt_dir: str | Path, tokenizer_path: str | Path | None = None
+) -> tuple[Source, Tokenizer]:
+    """A checkpoint of any format, not yet read, and its tokenizer: None takes what it holds.
+
+    The ids that the checkpoint names as ends are among the tokenizer's stop_ids. Raises ValueError
+    where the two do not belong together by the size of their vocabularies.
+    """
+    ckpt = open_any(ckpt_dir)
+    if tokenizer_path is None and not ckpt.has_tokenizer:
         raise ValueError(
-            f"{tokenizer_path}: a vocabulary of {tokenizer.n_words}, but the model in "
-            f"{ckpt_dir} has {ckpt.args.vocab_size}; give the tokenizer that came with it"
+            f"{ckpt_dir}: no tokenizer in it; give the one that came with the model, a "
+            "tokenizer.model or tokenizer.json: --tokenizer_path PATH"
         )
+    own = tokenizer_path is None
+    tokenizer = Tokenizer(ckpt.path, ckpt.files) if own else Tokenizer(tokenizer_path)
+    n_words, n_rows = tokenizer.n_words, ckpt.args.vocab_size
+    # Models fill their rows up to a multiple of 64, 128 or 256, large vocabularies of more. What is
+    # further off is another model's, as Llama 2's 32,000 tokens beside Mistral's 32,768 rows; of
+    # the tokenizer that a checkpoint holds itself that need not be guessed.
+    if not (n_words <= n_rows if own else 0 <= n_rows - n_words <= max(256, n_rows // 100)):
+        raise ValueError(
+            f"{tokenizer.model_path}: a vocabulary of {n_words}, but the model in "
+            f"{ckpt_dir} has {n_rows}; give the tokenizer that came with it"
+        )
+    tokenizer.n_rows = n_rows
+    tokenizer.stop_ids |= ckpt.stop_ids
     return ckpt, tokenizer
 
 
-def load_model(
-    ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
-) -> Transformer:
+def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
     """This rank's part of a checkpoint as a model.
 
-    What the manifest says of the weights is checked. A checkpoint of another number of shards is
-    cut anew. On a CPU and in the checkpoint's own dtype, weights stay mapped files and take no
-    memory, but for those that are taken apart by columns or put together from several shards.
+    What the manifest says of the weights is checked. A checkpoint of another number of shards or
+    another format is cut anew. In Meta's format, on a CPU and in the checkpoint's own dtype,
+    weights stay mapped files and take no memory, but for those that are taken apart by columns or
+    put together from several shards.
     """
-    dtype = dtype or ckpt.dtype
-    parts = ckpt.load(parallel.rank(), parallel.world_size())
-    weights = {name: part.to(device, dtype) for name, part in parts}
+    parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
+    weights = {name: part.to(device) for name, part in parts}
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

@@ -14,8 +14,10 @@ class GenerationOptions:
     Completions go to stdout, timings to stderr.
 
     Args:
-        ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
-        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
+        ckpt_dir: a folder in Meta's format, best with one shard a rank (see split_model.py), a
+            Hugging Face folder, or a .gguf file; the last two are converted while loading.
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in; by
+            default what ckpt_dir holds.
         prompts_file: your prompts, one a line; or a .jsonl file of {"prompt": "..."} lines.
         special_tokens: take names of special tokens in prompts, as <|eot_id|>, for these tokens.
         max_gen_len: the most tokens to generate after a prompt.
@@ -28,7 +30,7 @@ class GenerationOptions:
     """
 
     ckpt_dir: str
-    tokenizer_path: str
+    tokenizer_path: str | None = None
     prompts_file: str | None = None
     special_tokens: bool = False
     max_gen_len: int = 256

@@ -9,8 +9,8 @@ from conftest import REPO, run_script
 # From the ground up: a file imports only files that stand before it, so no way leads back.
 GROUND = ["layers", "parallel", "cli", "options", "files", "model", "tokenizer"]
 CHECKPOINT = ["params", "weights", "manifest", "folder", "laid_out", "write", "hf"]
-CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "modelfile", "baked"]
-CHECKPOINT += ["convert", "embeds"]
+CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "formats", "modelfile"]
+CHECKPOINT += ["baked", "convert", "embeds"]
 GENERATION = ["generation", "prompts"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]

@@ -259,7 +259,7 @@ def put_code_into_a_shard(folder):
     ("options", "damage", "message"),
     [
         ({}, None, "--n is needed"),
-        ({"ckpt_dir": "none", "n": 2}, None, "none: no such checkpoint folder"),
+        ({"ckpt_dir": "none", "n": 2}, None, "none: no such file or folder; give a"),
         *(({"n": n}, None, "Valid n: 1, 2, 4, 8") for n in (0, 3, 5, 16)),
         ({"n": 2, "out_dir": "ckpt"}, None, "ckpt: already there and not empty"),
         ({"n": 2, "out_dir": "ckpt/new"}, None, "ckpt/new: inside ckpt"),

@@ -4,8 +4,8 @@ import pytest
 from conftest import make_ckpt
 from formats import save_hf, write_gguf
 
-from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any
 from llama.checkpoint.gguf import GGUFFile
 from llama.checkpoint.hf import HFFolder
 
@@ -25,11 +25,13 @@ def test_each_format_is_told_by_its_content(tmp_path):
 def test_what_is_accepted_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder; give a"):
         open_any(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no config.json, .* and 0 .gguf files in it; give"):
+    with pytest.raises(ValueError, match=r"no config.json, params.json or .gguf file in it; give"):
         open_any(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"a\.gguf: not a GGUF file"):
         open_any(tmp_path / "a.gguf")
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"and 2 .gguf files in it"):
+    with pytest.raises(
+        ValueError, match=r"2 .gguf files in it \(a.gguf, b.gguf\); give one of them"
+    ):
         open_any(tmp_path)
