@@ -61,9 +61,9 @@ def main(
             raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
         check_shard_count(ckpt.args, n, ckpt_dir)
         write_checkpoint(ckpt, out_dir, n, wanted)
-        tokenizer_path = out_dir if any(Path(out_dir).glob("tokenizer*")) else "…"
+        without = " --tokenizer_path …" * (not ckpt.has_tokenizer)
         print(f"{out_dir}: {cli.counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
-              f"example.py --ckpt_dir {out_dir} --tokenizer_path {tokenizer_path}")  # fmt: skip
+              f"example.py --ckpt_dir {out_dir}{without}")  # fmt: skip
     if verify and out_dir is None:
         ckpt.verify()
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
