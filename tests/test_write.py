@@ -285,7 +285,7 @@ def put_code_into_a_shard(folder):
         ({"n": 2, "out_dir": "ckpt/new"}, None, "ckpt/new: inside ckpt"),
         ({"n": 2, "dtype": "int8"}, None, "--dtype must be one of"),
         ({"n": 2}, put_code_into_a_shard, "could run code"),
-        ({"n": 2}, remove_params, "convert_model.py"),
+        ({"n": 2}, remove_params, "copy the params.json here that came with them"),
     ],
 )
 def test_a_bad_folder_or_n_is_one_line_and_leaves_nothing(

@@ -310,8 +310,8 @@ def _read_params(ckpt_dir: Path) -> dict:
         raise FileNotFoundError(f"{ckpt_dir}: no such checkpoint folder; see ckpts/README.md")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format. A Hugging Face "
-            f"folder or GGUF file becomes one by: python convert_model.py --from PATH --out_dir DIR"
+            f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format; if it holds "
+            "shards (.pth), copy the params.json here that came with them"
         )
     return read_json(path, 1 << 20)
 
