@@ -12,18 +12,19 @@ def main(flags: GenerationOptions) -> None:
     """Build a generator on every rank, let it continue the prompts, and print what comes out."""
     # here and not above, so that --help need not wait for torch
     from llama import LLaMA
-    from llama.prompts import print_completions, read_prompts, report, with_special_tokens
+    from llama.chat import Chat
+    from llama.prompts import complete, read_requests, report, template_of
+    from llama.terminal import talk
 
     memory = cli.MemoryWatch(interval=0.05)
-    prompts = read_prompts(flags.prompts_file)
+    requests = read_requests(flags)
     generator = LLaMA.build(
         flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size, flags.dtype
     )
-    given = with_special_tokens(prompts, generator) if flags.special_tokens else prompts
-    outputs = generator.generate(
-        given, flags.max_gen_len, flags.temperature, flags.top_p, flags.seed
-    )
-    print_completions(prompts, outputs)
+    if flags.chat:
+        talk(Chat(generator, template_of(generator), flags.system, **flags.sampling()))
+    else:
+        complete(generator, requests, flags)
     report(generator.timing, memory)
 
 

@@ -12,21 +12,23 @@ def main(flags: TunedGenerationOptions) -> None:
     """Do as example.py does, with the tuned prompt in front of every prompt."""
     # here and not above, so that --help need not wait for torch
     from llama import LLaMA
-    from llama.prompts import print_completions, read_prompts, report, with_special_tokens
-    from llama.tuning.adapter import load_soft_prompt, warn_of_another_model
+    from llama.chat import Chat
+    from llama.prompts import DATASETS, complete, read_requests, report, template_of
+    from llama.terminal import talk
+    from llama.tuning.adapter import load_soft_prompt, template_beside, warn_of_another_model
 
     memory = cli.MemoryWatch(interval=0.05)
-    prompts = read_prompts(flags.prompts_file)
+    requests = read_requests(flags, DATASETS / "unseen_questions.jsonl")
     generator = LLaMA.build(
         flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size, flags.dtype
     )
     generator.soft_prompt = load_soft_prompt(flags.tuning_ckpt_path, generator.model.args.dim)
     warn_of_another_model(flags.tuning_ckpt_path, generator.model)
-    given = with_special_tokens(prompts, generator) if flags.special_tokens else prompts
-    outputs = generator.generate(
-        given, flags.max_gen_len, flags.temperature, flags.top_p, flags.seed
-    )
-    print_completions(prompts, outputs)
+    template = None if flags.raw else template_beside(flags.tuning_ckpt_path, generator.tokenizer)
+    if flags.chat:
+        talk(Chat(generator, template or template_of(generator), flags.system, **flags.sampling()))
+    else:
+        complete(generator, requests, flags, template)
     report(generator.timing, memory)
 
 

@@ -30,8 +30,9 @@ def tune(flags: TuningOptions, out: Path) -> None:
     import transformers
 
     from llama import parallel
+    from llama.checkpoint.formats import open_pair
     from llama.checkpoint.weights import parse_dtype
-    from llama.generation import load_model, open_pair
+    from llama.generation import load_model
     from llama.tuning.data import split_dataset, tokenize_dataset
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
@@ -59,7 +60,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     init_ids = tokenizer.encode(flags.init_prompt, bos=False)
     model = add_soft_prompt(transformer, flags.num_virtual_tokens, init_ids, flags.ckpt_dir)
 
-    trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer.pad_id)
+    trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer)
     trainer.run(checkpoint)
     ckpt.check_unchanged()
     trainer.save(out)

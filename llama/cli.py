@@ -24,6 +24,7 @@ from tqdm import tqdm
 # Seconds that a silent rank waits before it exits: torchrun ends all ranks once one has exited, and
 # the one that speaks needs time to.
 SILENT_EXIT_DELAY = 5.0
+INTERRUPT_DELAY = 3.0  # seconds in which an interrupted run tidies up
 LOST_PEER = (  # as gloo and nccl word it
     "Connection closed by peer",
     "Connection reset by peer",
@@ -42,11 +43,24 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     stderr and exit code 1. When ranks fail, whichever is first says so, and torchrun ends all.
     """
     end_with_torchrun()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         _run(main, options)
     except KeyboardInterrupt:  # at any moment: torch alone takes seconds to import
-        say("interrupted")
-        os._exit(130)
+        _end_interrupted()
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End as Python does at Ctrl-C, also where a library takes the exception for its own."""
+    ending = threading.Timer(INTERRUPT_DELAY, _end_interrupted)
+    ending.daemon = True
+    ending.start()
+    raise KeyboardInterrupt
+
+
+def _end_interrupted() -> NoReturn:
+    say("interrupted")
+    os._exit(130)
 
 
 def _run(main: Callable[..., None], options: type | None) -> None:

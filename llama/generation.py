@@ -1,30 +1,26 @@
 """LLaMA: a model, its tokenizer, and text from them over all ranks of a run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint.formats import open_any
+from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
-from llama.cli import check_at_least, end_with_torchrun, shown
+from llama.cli import check_at_least, counted, end_with_torchrun, say, shown
 from llama.model import KVCache, Transformer
-from llama.options import check_sampling
+from llama.options import SamplingParams
+from llama.sampling import BROKEN, INTERRUPTED, Sampler
+from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
 
-BROKEN = -1  # in place of a next id: the row's logits are NaN or infinite
-
-
-@dataclass
-class Output:
-    """What was generated after one prompt: the continuation alone."""
-
-    text: str
-    token: list[int]  # without the id that ended it
+Prompt = str | Sequence[int]  # a text, or token ids, taken as they are
+LONGEST_CONTEXT = 4096  # taken where nobody says how long it is to be
+ECHO_ROWS = 128  # positions of a prompt whose logits are in memory at once
 
 
 @dataclass
@@ -36,6 +32,53 @@ class Timing:
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     generated_seconds: float = 0.0
+
+
+@dataclass
+class Output:
+    """What was generated after one prompt: the continuation alone.
+
+    Log-probabilities are those of the model itself, before any option of sampling, in nats.
+    """
+
+    text: str = ""  # without the stop string that ended it
+    token: list[int] = field(default_factory=list)  # without the id that ended it
+    finish_reason: str = "length"  # or stop (an id or a string), or interrupted
+    logprobs: list[float] | None = None  # of each token
+    top_logprobs: list[dict[int, float]] | None = None  # of the likeliest ids in its place
+    prompt_logprobs: list[float | None] | None = None  # of each id of the prompt; None: no context
+    timing: Timing = field(default_factory=Timing, compare=False)  # its own
+
+
+@dataclass
+class Stream(Iterator[str]):
+    """Pieces of a continuation as they come, of whole characters. Read them on every rank alike."""
+
+    output: Output  # what has come so far
+    pieces: Iterator[str]
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+
+@dataclass
+class Row:
+    """A prompt of a batch, and its continuation while it grows."""
+
+    name: str  # for messages
+    ids: list[int]
+    limit: int  # of new tokens
+    text: TextStream
+    output: Output
+    done: bool = False
+
+
+class PromptCache:
+    """Keys and values of a text that grows by turns, so that each is read once."""
+
+    def __init__(self, llama: "LLaMA") -> None:
+        self.kv = KVCache(llama.model, 1, llama.max_seq_len)
+        self.ids: list[int] = []  # what it holds, behind the tuned prompt
 
 
 @dataclass
@@ -55,66 +98,77 @@ class LLaMA:
         cls,
         ckpt_dir: str | Path,
         tokenizer_path: str | Path | None = None,
-        max_seq_len: int = 512,
+        max_seq_len: int | None = 512,
         max_batch_size: int = 32,
         dtype: str | None = None,
     ) -> "LLaMA":
         """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
         tokenizer_path: None takes the one that the checkpoint holds.
+        max_seq_len: tokens of prompt and continuation; None takes what the model was made for, but
+        at most LONGEST_CONTEXT.
         dtype: float32, bfloat16 or float16; None takes what the checkpoint holds. Raises
         FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
         """
         began = time.perf_counter()
         wanted = parse_dtype(dtype)
-        check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        check_at_least(1, max_seq_len=max_seq_len or 1, max_batch_size=max_batch_size)
         end_with_torchrun()
         device = parallel.setup()
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
+        made_for = ckpt.args.context_len or LONGEST_CONTEXT
+        max_seq_len = max_seq_len or min(made_for, LONGEST_CONTEXT)
+        if ckpt.args.context_len and max_seq_len > made_for:
+            say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
         model = load_model(ckpt, device, wanted)
         timing = Timing(load_seconds=parallel.now() - began)
         return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing, ckpt=ckpt)
 
-    def generate(
-        self,
-        prompts: Sequence[str | list[int]],
-        max_gen_len: int = 256,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        seed: int | None = None,
-    ) -> list[Output]:
+    def generate(self, prompts: Sequence[Prompt], *args: Any, **params: Any) -> list[Output]:
         """Continue each prompt until its end of sequence, max_gen_len tokens or max_seq_len.
 
         A prompt is a text, or its token ids, taken as they are: tokenizer.encode(…,
-        special_tokens=True) makes those of a text with special tokens in it.
-        temperature 0 is greedy; top_p keeps the likeliest tokens that sum to it (Holtzman et al.,
-        2020); a seed makes sampling repeatable. Raises ValueError for a prompt that leaves no room
-        in max_seq_len, before any work is done, for logits that are NaN or infinite, and for files
-        of weights that changed meanwhile.
+        special_tokens=True) makes those of a text with special tokens in it. What follows are
+        SamplingParams's: max_gen_len, temperature, top_p, seed, …; with n, each prompt has n
+        outputs, side by side. Raises ValueError for a prompt that leaves no room in max_seq_len,
+        before any work is done, for logits that are NaN or infinite, and for files of weights
+        that changed meanwhile.
         """
-        if isinstance(prompts, str) or not prompts:
+        return list(self.outputs(prompts, *args, **params))
+
+    def outputs(self, prompts: Sequence[Prompt], *args: Any, **params: Any) -> Iterator[Output]:
+        """Give what generate() does, max_batch_size of them at a time, as they are done."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list: generate([prompt]), or stream(prompt)")
+        if not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
-        check_sampling(max_gen_len, temperature, top_p, seed)
-        encoded = [self.tokenizer.encode(x) if isinstance(x, str) else list(x) for x in prompts]
-        texts = [x if isinstance(x, str) else self.tokenizer.decode(x) for x in prompts]
-        names = [f"prompt {i} ({shown(text, 40)!r})" for i, text in enumerate(texts, 1)]
-        self._check_lengths(names, encoded)
-        generator = torch.Generator(self.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        sampling = Sampling(temperature, top_p, generator)
-        outputs: list[Output] = []
-        for first in range(0, len(encoded), self.max_batch_size):
-            rows = slice(first, first + self.max_batch_size)
-            batch = encoded[rows]
-            continuations = self._generate_batch(names[rows], batch, max_gen_len, sampling)
-            for ids, new in zip(batch, continuations):
-                outputs.append(Output(self._text_after(ids, new), new))
-        if self.ckpt is not None:
-            self.ckpt.check_unchanged()
-        return outputs
+        made = SamplingParams(*args, **params)
+        rows = [self._row(x, i, made) for i, x in enumerate(prompts, 1) for _ in range(made.n)]
+        return self._in_batches(rows, self._sampler(made))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *args: Any,
+        cache: PromptCache | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+        **params: Any,
+    ) -> Stream:
+        """Continue one prompt: the pieces of its text as they come, to be read on every rank.
+
+        Options and errors are those of generate(). cache: keeps what was read, so that a prompt
+        that begins with an earlier one and its continuation is read from there. interrupted: asked
+        on rank 0 before each token, whether to end here.
+        """
+        made = SamplingParams(*args, **params)
+        if made.n != 1:
+            raise ValueError(f"n must be 1 in a stream, not {made.n}")
+        row, sampler = self._row(prompt, 1, made), self._sampler(made, interrupted)
+        return Stream(row.output, (piece for _, piece in self._continue([row], sampler, cache)))
+
+    def check_fits(self, prompt: Prompt) -> None:
+        """Raise ValueError if a prompt leaves no room in max_seq_len."""
+        self._room(self._ids(prompt), 1)
 
     @property
     def device(self) -> torch.device:
@@ -124,116 +178,182 @@ class LLaMA:
     def num_virtual_tokens(self) -> int:
         return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
-    def _check_lengths(self, names: list[str], encoded: list[list[int]]) -> None:
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _row(self, prompt: Prompt, number: int, params: SamplingParams) -> Row:
+        """A prompt made ready; ValueError, naming it, for one that cannot be continued."""
+        tokenizer, ids = self.tokenizer, self._ids(prompt)
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        name = f"prompt {number} ({shown(text, 40)!r})"
+        try:
+            limit = min(params.max_gen_len, self._room(ids, min(params.max_gen_len, 1)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        output = Output()
+        output.timing.prompt_tokens = len(ids)
+        if params.logprobs is not None:
+            output.logprobs, output.top_logprobs = [], []
+        return Row(name, ids, limit, TextStream(tokenizer, ids, params.stop), output)
+
+    def _room(self, ids: list[int], needed: int) -> int:
+        """How many tokens may follow these; ValueError if they are fewer than needed."""
         virtual = self.num_virtual_tokens
-        for name, ids in zip(names, encoded):
-            if not ids and not virtual:
-                raise ValueError(f"{name} has no token to start from")
-            if virtual + len(ids) >= self.max_seq_len:
-                tuned = f", the tuned prompt {virtual}" if virtual else ""
-                raise ValueError(
-                    f"{name} has {len(ids)} tokens{tuned}, which leaves no room to generate in "
-                    f"max_seq_len {self.max_seq_len}: shorten it or raise --max_seq_len"
-                )
+        if not ids and not virtual:
+            raise ValueError("no token to start from")
+        room = self.max_seq_len - virtual - len(ids)
+        if room < needed:
+            tuned = f", the tuned prompt {virtual}" if virtual else ""
+            raise ValueError(
+                f"has {counted(len(ids), 'token')}{tuned}, which leaves no room to generate in "
+                f"max_seq_len {self.max_seq_len}: shorten it or raise --max_seq_len"
+            )
+        return room
+
+    def _sampler(
+        self, params: SamplingParams, interrupted: Callable[[], bool] = lambda: False
+    ) -> Sampler:
+        generator = torch.Generator(self.device)
+        if params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(params.seed)
+        return Sampler(params, generator, interrupted)
+
+    def _in_batches(self, rows: list[Row], sampler: Sampler) -> Iterator[Output]:
+        for first in range(0, len(rows), self.max_batch_size):
+            batch = rows[first : first + self.max_batch_size]
+            for _ in self._continue(batch, sampler):
+                pass
+            yield from (row.output for row in batch)
 
     @torch.inference_mode()
-    def _generate_batch(
-        self, names: list[str], batch: list[list[int]], max_gen_len: int, sampling: "Sampling"
-    ) -> list[list[int]]:
-        """The new ids of each row of prompt ids, without the id that ended it."""
+    def _continue(
+        self, rows: list[Row], sampler: Sampler, cache: PromptCache | None = None
+    ) -> Iterator[tuple[Row, str]]:
+        """Give the pieces of the rows' texts as they come, and fill the rows' outputs."""
         # How much of the cache each row fills, and how much more it may.
-        lengths = [self.num_virtual_tokens + len(ids) for ids in batch]
-        limits = [min(max_gen_len, self.max_seq_len - length) for length in lengths]
-        max_len = max(length + limit for length, limit in zip(lengths, limits))
-        cache = KVCache(self.model, len(batch), max_len)
-        continuations: list[list[int]] = [[] for _ in batch]
-        done = [False] * len(batch)
+        lengths = [self.num_virtual_tokens + len(row.ids) for row in rows]
+        kept = 0  # tokens that were read before
+        if cache is None:
+            longest = max(length + row.limit for length, row in zip(lengths, rows))
+            kv = KVCache(self.model, len(rows), longest)
+        else:
+            kv, kept = cache.kv, n_kept(cache.ids, rows[0].ids)
+            cache.ids = rows[0].ids
         began = parallel.now()
-        logits = self._prefill(batch, lengths, cache)
+        logits = self._prefill(rows, kv, kept, sampler.params.echo)
         prefilled = parallel.now()
+        n_read = sum(len(row.ids) for row in rows) - kept
         self.timing.prompt_seconds += prefilled - began
-        self.timing.prompt_tokens += sum(map(len, batch))
-        while True:
-            next_ids = sample_on_rank_0(logits, sampling)
-            for row, token in enumerate(next_ids.tolist()):
-                if done[row]:
-                    continue
-                if token == BROKEN:
-                    raise ValueError(
-                        f"{names[row]}, token {len(continuations[row]) + 1}: the model's logits "
-                        "are NaN or infinite; if its files are whole (split_model.py --verify), "
-                        "its numbers overflow their dtype: take --dtype bfloat16 or float32"
-                    )
-                if token in self.tokenizer.stop_ids:
-                    done[row] = True
-                else:
-                    continuations[row].append(token)
-                    done[row] = len(continuations[row]) == limits[row]
-            if all(done):
+        self.timing.prompt_tokens += n_read
+        sampler.begin([row.ids for row in rows], logits.shape[1])
+        for row in rows:
+            row.done = row.limit == 0
+            row.output.timing.prompt_seconds = prefilled - began
+        while not all(row.done for row in rows):
+            next_ids = sampler.next_ids(logits)
+            tokens = next_ids.tolist()
+            if sampler.params.logprobs is not None:
+                self._add_logprobs(rows, tokens, logits, sampler.params.logprobs)
+            for row, token in zip(rows, tokens):
+                if not row.done:
+                    piece = self._take(row, token)
+                    if row.done:
+                        row.output.timing.generated_seconds = parallel.now() - prefilled
+                        self.timing.generated_tokens += len(row.output.token)
+                    if piece:
+                        yield row, piece
+            if all(row.done for row in rows):
                 break
-            logits = self._decode_one_token(next_ids, lengths, cache)
+            if cache is not None:
+                cache.ids = rows[0].ids + rows[0].output.token
+            logits = self._decode_one_token(next_ids, lengths, kv)
             # A finished row stays in the batch: it writes again and again where it ended.
-            lengths = [length + (not end) for length, end in zip(lengths, done)]
+            lengths = [length + (not row.done) for length, row in zip(lengths, rows)]
         self.timing.generated_seconds += parallel.now() - prefilled
-        self.timing.generated_tokens += sum(map(len, continuations))
-        return continuations
+        if self.ckpt is not None:
+            self.ckpt.check_unchanged()
 
-    def _prefill(self, batch: list[list[int]], lengths: list[int], cache: KVCache) -> torch.Tensor:
+    def _take(self, row: Row, token: int) -> str:
+        """Add a token to a row, or end it; what can be shown of its text now."""
+        output, piece = row.output, ""
+        if token == BROKEN:
+            raise ValueError(
+                f"{row.name}, token {len(output.token) + 1}: the model's logits "
+                "are NaN or infinite; if its files are whole (split_model.py --verify), "
+                "its numbers overflow their dtype: take --dtype bfloat16 or float32"
+            )
+        if token == INTERRUPTED:
+            output.finish_reason, row.done = "interrupted", True
+        elif token in self.tokenizer.stop_ids:
+            output.finish_reason, row.done = "stop", True
+        else:
+            output.token.append(token)
+            output.timing.generated_tokens += 1
+            piece = row.text.add(token)
+            row.done = row.text.stopped or len(output.token) == row.limit
+        if row.done:
+            piece += row.text.finish()
+            if row.text.stopped:
+                output.finish_reason = "stop"
+        output.text += piece
+        return piece
+
+    def _add_logprobs(
+        self, rows: list[Row], tokens: list[int], logits: torch.Tensor, top: int
+    ) -> None:
+        """Note the log-probability of each row's next token, and those of the likeliest ids."""
+        logprobs = logits.log_softmax(dim=-1)  # (bsz, vocab_size)
+        values, ids = (found.tolist() for found in logprobs.topk(min(top, logits.shape[1])))
+        for i, (row, token) in enumerate(zip(rows, tokens)):
+            if not row.done and token >= 0 and token not in self.tokenizer.stop_ids:
+                row.output.logprobs.append(logprobs[i, token].item())
+                row.output.top_logprobs.append(dict(zip(ids[i], values[i])))
+
+    def _prefill(self, rows: list[Row], kv: KVCache, kept: int, echo: bool) -> torch.Tensor:
         """Logits (bsz, vocab_size) after each prompt, all rows in one pass, padded on the right.
 
         What a pad puts into the cache lies behind its row's end, and is overwritten before the row
-        gets there.
+        gets there. kept: tokens of a single row that the cache holds already.
         """
+        batch = [row.ids[kept:] for row in rows]
         longest = max(map(len, batch))
         padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in batch]
         h = self.model.tok_embeddings(torch.tensor(padded, dtype=torch.long, device=self.device))
-        if self.soft_prompt is not None:
+        start = self.num_virtual_tokens + kept if kept else 0
+        if self.soft_prompt is not None and not kept:
             soft = self.soft_prompt.to(h).expand(len(batch), -1, -1)
             h = torch.cat((soft, h), dim=1)  # (bsz, num_virtual_tokens + longest, dim)
-        h = self.model.hidden_states(inputs_embeds=h, cache=cache, start_pos=[0] * len(batch))
-        rows, lasts = range(len(batch)), [length - 1 for length in lengths]
-        return self.model.gather_logits(h[rows, lasts])  # of the last token of each row
+        h = self.model.hidden_states(inputs_embeds=h, cache=kv, start_pos=[start] * len(batch))
+        if echo:
+            for row, states in zip(rows, h):
+                row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
+        before = h.shape[1] - longest  # what the tuned prompt takes
+        lasts = [before + len(ids) - 1 for ids in batch]
+        return self.model.gather_logits(h[range(len(batch)), lasts])  # of the last token of each
 
-    def _decode_one_token(
-        self, ids: torch.Tensor, lengths: list[int], cache: KVCache
-    ) -> torch.Tensor:
-        h = self.model.hidden_states(ids[:, None], cache=cache, start_pos=lengths)
+    def _prompt_logprobs(self, ids: list[int], h: torch.Tensor) -> list[float | None]:
+        """The log-probability of each id of a prompt, of its states (… + longest, dim)."""
+        virtual = self.num_virtual_tokens
+        first = 0 if virtual else 1  # nothing stands before the first id, but for a tuned prompt
+        found: list[float | None] = [None] * first
+        for start in range(first, len(ids), ECHO_ROWS):
+            wanted = torch.tensor(ids[start : start + ECHO_ROWS], device=h.device)[:, None]
+            before = virtual + start - 1
+            logits = self.model.gather_logits(h[before : before + len(wanted)])
+            found += logits.log_softmax(dim=-1).gather(1, wanted)[:, 0].tolist()
+        return found
+
+    def _decode_one_token(self, ids: torch.Tensor, lengths: list[int], kv: KVCache) -> torch.Tensor:
+        h = self.model.hidden_states(ids[:, None], cache=kv, start_pos=lengths)
         return self.model.gather_logits(h[:, -1])
 
-    def _text_after(self, prompt_ids: list[int], ids: list[int]) -> str:
-        # Decoded by itself, a continuation loses the space that SentencePiece drops in front.
-        before, whole = (self.tokenizer.decode(x) for x in (prompt_ids, prompt_ids + ids))
-        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
 
-
-def open_pair(
-    ckpt_dir: str | Path, tokenizer_path: str | Path | None = None
-) -> tuple[Source, Tokenizer]:
-    """A checkpoint of any format, not yet read, and its tokenizer: None takes what it holds.
-
-    The ids that the checkpoint names as ends are among the tokenizer's stop_ids. Raises ValueError
-    where the two do not belong together by the size of their vocabularies.
-    """
-    ckpt = open_any(ckpt_dir)
-    if tokenizer_path is None and not ckpt.has_tokenizer:
-        raise ValueError(
-            f"{ckpt_dir}: no tokenizer in it; give the one that came with the model, a "
-            "tokenizer.model or tokenizer.json: --tokenizer_path PATH"
-        )
-    own = tokenizer_path is None
-    tokenizer = Tokenizer(ckpt.path, ckpt.files) if own else Tokenizer(tokenizer_path)
-    n_words, n_rows = tokenizer.n_words, ckpt.args.vocab_size
-    # Models fill their rows up to a multiple of 64, 128 or 256, large vocabularies of more. What is
-    # further off is another model's, as Llama 2's 32,000 tokens beside Mistral's 32,768 rows; of
-    # the tokenizer that a checkpoint holds itself that need not be guessed.
-    if not (n_words <= n_rows if own else 0 <= n_rows - n_words <= max(256, n_rows // 100)):
-        raise ValueError(
-            f"{tokenizer.model_path}: a vocabulary of {n_words}, but the model in "
-            f"{ckpt_dir} has {n_rows}; give the tokenizer that came with it"
-        )
-    tokenizer.n_rows = n_rows
-    tokenizer.stop_ids |= ckpt.stop_ids
-    return ckpt, tokenizer
+def n_kept(before: list[int], now: list[int]) -> int:
+    """How many ids two prompts begin with alike, but for the last one, whose logits are needed."""
+    pairs = zip(before, now[:-1])
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(now) - 1))
 
 
 def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
@@ -249,46 +369,3 @@ def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = N
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float  # 0: the likeliest
-    top_p: float
-    generator: torch.Generator
-
-
-def sample_on_rank_0(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Sample the next id of each row, (bsz,), on rank 0, and broadcast it, so that none differs."""
-    next_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    if parallel.rank() == 0:
-        next_ids.copy_(sample(logits, sampling))
-    if parallel.world_size() > 1:
-        dist.broadcast(next_ids, src=0)
-    return next_ids
-
-
-def sample(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """One id a row of logits (bsz, vocab_size): the likeliest at temperature 0, else at random.
-
-    BROKEN for a row with a logit that is NaN or infinite.
-    """
-    broken = ~logits.sum(dim=-1).isfinite()  # (bsz,)
-    if sampling.temperature == 0:
-        ids = logits.argmax(dim=-1)
-    else:
-        logits = logits.masked_fill(broken[:, None], 0)
-        # Less the greatest, which then stays 0 divided by the tiniest temperature, while the others
-        # go to minus infinity; 1e-30, as float32 may take smaller ones for 0.
-        logits -= logits.amax(dim=-1, keepdim=True)
-        probs = torch.softmax(logits / max(sampling.temperature, 1e-30), dim=-1)
-        order = None
-        if sampling.top_p < 1:  # to sort takes longer than all else
-            probs, order = probs.sort(dim=-1, descending=True)
-            # A token stays while those before it do not yet sum to top_p: the first always does.
-            probs[probs.cumsum(dim=-1) - probs > sampling.top_p] = 0
-        ids = torch.multinomial(probs, 1, generator=sampling.generator)
-        ids = (ids if order is None else order.gather(-1, ids))[:, 0]
-    return ids.masked_fill(broken, BROKEN)

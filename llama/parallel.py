@@ -2,8 +2,11 @@
 
 import atexit
 import contextlib
+import json
 import os
 import time
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,7 @@ _TORCHRUN = (
 
 _device: torch.device | None = None
 _store: dist.Store | None = None
+_n_given = 0  # what from_rank_0() has given so far
 
 
 def setup() -> torch.device:
@@ -126,6 +130,22 @@ def gather_objects(value: object) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_rank_0(make: Callable[[], object]) -> object:
+    """What make() gives on rank 0, which JSON must hold, on every rank; however long that takes.
+
+    A collective would give up waiting after some minutes, and a user may think for longer.
+    """
+    global _n_given
+    if world_size() == 1:
+        return make()
+    _n_given += 1
+    key = f"llama/given/{_n_given}"
+    if rank() == 0:
+        _store.set(key, json.dumps(make()))
+    _store.wait([key], timedelta(days=365))
+    return json.loads(_store.get(key))
 
 
 def now() -> float:

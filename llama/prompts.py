@@ -1,55 +1,229 @@
 """What the example scripts share: prompts in, completions and what they took out."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from llama import parallel
-from llama.cli import MemoryWatch, say
+from llama.cli import MemoryWatch, counted, say, show_bars, shown
 from llama.files import check_text, parse_json, read_lines
-from llama.generation import LLaMA, Output, Timing
+from llama.generation import LLaMA, Output, Prompt, Timing
+from llama.options import GenerationOptions
+from llama.template import ChatTemplate, Messages, check_messages
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
-EXAMPLES = Path(__file__).parents[1] / "datasets" / "example_prompts.jsonl"
+DATASETS = Path(__file__).parents[1] / "datasets"
+EXAMPLES = DATASETS / "example_prompts.jsonl"
+LONGEST_STDIN = 1 << 24  # characters
 
 
-def read_prompts(path: str | None) -> list[str]:
+@dataclass
+class Request:
+    """A prompt to be continued, and how it is shown."""
+
+    given: dict  # as in the file: {"prompt": …} or {"messages": […]}
+    text: str = ""  # to print before the continuation
+    prompt: Prompt = field(default_factory=list)  # what the generator takes
+
+
+def read_requests(flags: GenerationOptions, examples: Path | None = None) -> list[Request]:
+    """The prompts that the flags name, or those of a file of examples; none for a chat.
+
+    Raises FileNotFoundError, and ValueError with the file and the line's number.
+    """
+    if flags.chat:
+        return []
+    if flags.messages_file:
+        return [Request({"messages": messages}) for messages in read_messages(flags.messages_file)]
+    if flags.prompt == "-":
+        parallel.setup()  # rank 0 alone reads
+        prompts = [parallel.from_rank_0(lambda: sys.stdin.read(LONGEST_STDIN))]
+    elif flags.prompt is not None:
+        prompts = [flags.prompt]
+    else:
+        prompts = read_prompts(flags.prompts_file or examples)
+    return [Request({"prompt": check_text("--prompt", "prompt", x)}) for x in prompts]
+
+
+def read_prompts(path: str | Path | None) -> list[str]:
     """The prompts of a text file, one a line, or of a .jsonl file ({"prompt": …} or a string).
 
     None reads the example prompts. Raises FileNotFoundError, and ValueError with the line's number.
     """
-    path = EXAMPLES if path is None else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompts file")
     prompts = []
-    for where, line in read_lines(path):
-        prompt = parse_json(where, line) if path.suffix == ".jsonl" else line
-        prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    for where, value in _lines(Path(path or EXAMPLES), "prompts"):
+        prompt = value.get("prompt") if isinstance(value, dict) else value
         prompts.append(check_text(where, "prompt", prompt))
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it; write one a line")
     return prompts
 
 
-def with_special_tokens(prompts: Sequence[str], generator: LLaMA) -> list[list[int]]:
-    """The token ids of prompts in which names of special tokens stand for these tokens."""
-    return [generator.tokenizer.encode(prompt, special_tokens=True) for prompt in prompts]
+def read_messages(path: str | Path) -> list[Messages]:
+    """The conversations of a .jsonl file of {"messages": […]} lines, or of lists of messages.
+
+    Raises FileNotFoundError, and ValueError with the line's number.
+    """
+    found = []
+    for where, value in _lines(Path(path), "messages", always_json=True):
+        messages = value.get("messages") if isinstance(value, dict) else value
+        found.append(check_messages(where, messages))
+    return found
 
 
-def print_completions(prompts: Sequence[str], outputs: Sequence[Output]) -> None:
-    """Print each prompt with its continuation on stdout, on rank 0."""
+def _lines(path: Path, what: str, always_json: bool = False) -> Iterator[tuple[str, object]]:
+    """What each line of a file holds, and where it stands; ValueError if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {what} file")
+    lines = read_lines(path)
+    if not lines:
+        raise ValueError(f"{path}: no {what} in it; write one a line")
+    for where, line in lines:
+        is_json = always_json or path.suffix == ".jsonl"
+        yield where, parse_json(where, line) if is_json else line
+
+
+def complete(
+    generator: LLaMA,
+    requests: list[Request],
+    flags: GenerationOptions,
+    template: ChatTemplate | None = None,
+) -> None:
+    """Continue the requests, and print each as soon as it is done, a single one while it comes.
+
+    template: what prompts are put into. None leaves them, with --instruct it is the tokenizer's.
+    """
+    if flags.instruct or flags.messages_file:
+        template = template or template_of(generator)
+    elif template is None and generator.tokenizer.chat_template is not None:
+        say("this model has a chat template; prompts are sent without it (--instruct uses it)")
+    ready = [request for request in requests if _make_ready(request, generator, flags, template)]
+    if flags.json or len(ready) > 1 or flags.n > 1:
+        outputs = generator.outputs([request.prompt for request in ready], **flags.sampling())
+        with TokenBar(generator.timing) as bar:
+            for i, output in enumerate(outputs):
+                with bar.paused():
+                    _print(ready[i // flags.n], output, flags)
+    elif ready:
+        stream = generator.stream(ready[0].prompt, **flags.sampling())
+        _write(ready[0].text)
+        for piece in stream:
+            _write(piece)
+        _write(SEPARATOR)
+        _tell_if_cut(ready[0], stream.output, flags)
+
+
+def template_of(generator: LLaMA) -> ChatTemplate:
+    """The template of a model's tokenizer; says so if it is only that of models like it."""
+    template = ChatTemplate.of(generator.tokenizer)
+    if template.name:
+        say(f"the tokenizer has no chat template; taking that of {template.name}")
+    return template
+
+
+def _make_ready(
+    request: Request, generator: LLaMA, flags: GenerationOptions, template: ChatTemplate | None
+) -> bool:
+    """Fill in a request's prompt and text. One that is too long is named, and left out."""
+    messages, text = request.given.get("messages"), request.given.get("prompt", "")
+    if template is not None:
+        if messages is None:
+            messages = [{"role": "system", "content": flags.system}] if flags.system else []
+            messages = [*messages, {"role": "user", "content": text}]
+        request.prompt = template.ids(messages)
+        turns = [f"{message['role']}: {message['content']}" for message in messages]
+        request.text = "\n\n".join([*turns, "assistant: "])
+    elif flags.special_tokens:
+        request.text, request.prompt = text, generator.tokenizer.encode(text, special_tokens=True)
+    else:
+        request.text, request.prompt = text, text
+    try:
+        generator.check_fits(request.prompt)
+    except ValueError as error:
+        say(f"left out: {_name(request)} {error}")
+        if flags.json:
+            _write(json.dumps(request.given | {"error": str(error)}, ensure_ascii=False) + "\n")
+        return False
+    return True
+
+
+def _name(request: Request) -> str:
+    given = request.given
+    text = given["prompt"] if "prompt" in given else given["messages"][-1]["content"]
+    return f"prompt {shown(text, 40)!r}"
+
+
+def _print(request: Request, output: Output, flags: GenerationOptions) -> None:
+    """Print a completion: as text, or with --json as one line."""
+    if not flags.json:
+        _write(request.text + output.text + SEPARATOR)
+        _tell_if_cut(request, output, flags)
+        return
+    found = {"text": output.text, "tokens": output.token, "finish_reason": output.finish_reason}
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        if (value := getattr(output, name)) is not None:
+            found[name] = value
+    timings = dataclasses.asdict(output.timing)
+    del timings["load_seconds"]
+    found["timings"] = {name: round(value, 6) for name, value in timings.items()}
+    _write(json.dumps(request.given | found, ensure_ascii=False) + "\n")
+
+
+def _tell_if_cut(request: Request, output: Output, flags: GenerationOptions) -> None:
+    n = len(output.token)
+    if output.finish_reason == "length" and n < flags.max_gen_len:
+        say(
+            f"{_name(request)} was cut short after {counted(n, 'token')}: --max_seq_len "
+            f"{flags.max_seq_len} is full"
+        )
+
+
+def _write(text: str) -> None:
     if parallel.rank() == 0:
-        for prompt, output in zip(prompts, outputs):
-            print(prompt + output.text, end=SEPARATOR, flush=True)
+        print(text, end="", flush=True)
+
+
+class TokenBar(threading.Thread):
+    """The tokens generated so far, and their rate, on a terminal."""
+
+    def __init__(self, timing: Timing) -> None:
+        super().__init__(daemon=True)
+        self.timing, self.ended = timing, threading.Event()
+        self.bar = tqdm(unit=" tokens", disable=not show_bars(), leave=False)
+
+    def run(self) -> None:
+        while not self.ended.wait(0.2):
+            self.bar.update(self.timing.generated_tokens - self.bar.n)
+
+    def paused(self) -> contextlib.AbstractContextManager:
+        """Take the bar away while something is printed."""
+        return tqdm.external_write_mode()
+
+    def __enter__(self) -> "TokenBar":
+        if not self.bar.disable:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.bar.close()
 
 
 def report(timing: Timing, memory: MemoryWatch) -> None:
     """Say on stderr what a run took: seconds, tokens a second, and each rank's peak memory."""
     peaks = parallel.gather_objects(parallel.device_peak() or memory.peak)
+
+    def rate(tokens: int, seconds: float) -> str:
+        return f"{tokens} tokens, {tokens / seconds:.1f} a second" if tokens else "nothing"
+
     say(
         f"loaded in {timing.load_seconds:.1f} s; "
-        f"prompts {timing.prompt_tokens} tokens, "
-        f"{timing.prompt_tokens / timing.prompt_seconds:.1f} tokens/s; "
-        f"generated {timing.generated_tokens} tokens, "
-        f"{timing.generated_tokens / timing.generated_seconds:.1f} tokens/s; "
-        f"peak memory by rank: {', '.join(f'{peak / 1e6:.0f} MB' for peak in peaks)}"
+        f"read {rate(timing.prompt_tokens, timing.prompt_seconds)}; "
+        f"wrote {rate(timing.generated_tokens, timing.generated_seconds)}; "
+        f"memory at most {', '.join(f'{peak / 1e6:.0f}' for peak in peaks)} MB by rank"
     )

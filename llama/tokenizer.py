@@ -40,9 +40,12 @@ TIKTOKEN_MAX_RUN = 25_000
 # What a stranger's file may take: seconds for one text, and how much longer it may make that.
 TIME_LIMIT = 30
 MAX_GROWTH = 256
+LONGEST_TEMPLATE = 1 << 20  # bytes
 
-# Where a folder has its tokenizer, the first that is there, and what goes with a tokenizer.json.
-NAMES, CONFIG = ("tokenizer.model", "tokenizer.json"), "tokenizer_config.json"
+# Where a folder has its tokenizer: the first that is there.
+NAMES = ("tokenizer.model", "tokenizer.json")
+# Beside the file, for any of the three kinds: Hugging Face's configuration, and a chat template.
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 # tokenizer.json: what a text goes through.
 JSON_STEPS = ("normalizer", "pre_tokenizer", "decoder")
@@ -61,6 +64,8 @@ class Tokenizer:
     stop_ids: every id that ends an answer, eos_id among them.
     special_tokens: the ids of tokens that no text becomes, by their names.
     pad_id: an id to fill with, eos_id where the file has none. Never recognise padding by it.
+    chat_template: how the model wants conversations written, in jinja2's language, or None.
+    words: names of special tokens as chat templates know them: bos_token, eos_token, …
     n_rows: how many ids its model has; those from n_words on have no token, and become no text.
     """
 
@@ -71,6 +76,8 @@ class Tokenizer:
     pad_id: int
     stop_ids: frozenset[int]
     special_tokens: dict[str, int]
+    chat_template: str | None
+    words: dict[str, str]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
     _decode: Callable[[list[int]], str]
     _special_ids: Container[int]  # those left out of a decoded text
@@ -98,21 +105,30 @@ class Tokenizer:
         with self._guarded():
             load = {"json": self._load_json, "tiktoken": self._load_tiktoken}
             load.get(kind_of(data), self._load_sentencepiece)(data)
+            self._load_words()
         self.n_rows = self.n_words
 
     def encode(
-        self, s: str, *, bos: bool = True, eos: bool = False, special_tokens: bool = False
+        self,
+        s: str,
+        *,
+        bos: bool = True,
+        eos: bool = False,
+        special_tokens: bool = False,
+        mark: str = "",
     ) -> list[int]:
         """Token ids of a text; the name of a special token inside s is plain text.
 
         bos puts bos_id in front (nothing where it is None), eos puts eos_id at the end. With
-        special_tokens, names in .special_tokens become their ids, and what is between is encoded.
+        special_tokens, names in .special_tokens become their ids, and what is between is encoded,
+        without mark: a string by which a name can be kept from being one.
         """
         # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
         # UTF-8) is no character: two of the three libraries would fail on it.
         s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         names = sorted(self.special_tokens, key=len, reverse=True) if special_tokens else []
         parts = re.split(f"({'|'.join(map(re.escape, names))})", s) if names else [s]
+        parts = [part.replace(mark, "") for part in parts] if mark else parts
         ids = []
         with self._guarded():
             for part in filter(None, parts):
@@ -202,8 +218,7 @@ class Tokenizer:
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = True
-        file = self.files.get(CONFIG, b"{}")
-        config = read_json(file) if isinstance(file, Path) else json.loads(file)
+        config = self._config()
 
         def named_id(key: str) -> int | None:
             token = config.get(key)
@@ -231,6 +246,40 @@ class Tokenizer:
         stop_ids = {rust.token_to_id(name) for name in JSON_STOP_NAMES} & special
         self.stop_ids = frozenset(stop_ids | {self.eos_id})
         self._special_ids = special | {self.bos_id, self.eos_id}
+
+    def _config(self) -> dict:
+        """The tokenizer_config.json beside the file, {} if there is none."""
+        file = self.files.get(CONFIG, b"{}")
+        return read_json(file) if isinstance(file, Path) else json.loads(file)
+
+    def _load_words(self) -> None:
+        """What chat templates need: the template itself, and the names of special tokens."""
+        config, template = self._config(), self.files.get(TEMPLATE)
+        found = config.get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if template is not None:
+            found = read_template(template) if isinstance(template, Path) else template.decode()
+        self.chat_template = found if isinstance(found, str) else None
+        names = {i: name for name, i in self.special_tokens.items()}
+        self.words = {
+            "bos_token": names.get(self.bos_id, ""),
+            "eos_token": names.get(self.eos_id, ""),
+        }
+        for key, token in config.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(token, str):
+                self.words[key] = token
+
+
+def read_template(path: Path) -> str:
+    """The chat template in a file. Raises ValueError for one that cannot be any."""
+    if path.stat().st_size > LONGEST_TEMPLATE:
+        raise ValueError(f"{path}: too long for a chat template")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no chat template, but not text at all") from None
 
 
 def kind_of(data: bytes) -> str:
@@ -293,9 +342,9 @@ def _check_json(content: dict) -> None:
 
 def _files_at(path: Path) -> dict[str, Path]:
     """The files of the tokenizer that a path given by the user means, by name."""
-    names = (*NAMES, CONFIG) if path.is_dir() else (path.name, CONFIG)
-    folder = path if path.is_dir() else path.parent
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    folder, names = (path, NAMES) if path.is_dir() else (path.parent, (path.name,))
+    found = {name: folder / name for name in (*names, CONFIG, TEMPLATE)}
+    return {name: file for name, file in found.items() if file.is_file()}
 
 
 def _tiktoken_parts(s: str) -> Iterator[str]:

@@ -29,11 +29,12 @@ def before(function: Callable, first: Callable, *arguments: object) -> Callable:
 
 def mark() -> None:
     """Put notes into the functions in which phases begin."""
-    from llama import generation
+    from llama import generation, sampling
     from llama.checkpoint import write
 
     points = [("loading", generation, "load_model"), ("writing", write, "_write_weight")]
-    points += [("prefill", generation.LLaMA, "generate"), ("decoding", generation, "sample")]
+    points += [("prefill", generation.LLaMA, "_prefill")]
+    points += [("decoding", sampling.Sampler, "next_ids")]
     if Path(SCRIPT).name == "ft_main.py":
         from llama.tuning.trainer import PromptTrainer
 

@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from llama import LLaMA, cli, parallel
 from llama.checkpoint.formats import open_any
-from llama.generation import Sampling, load_model, sample_on_rank_0
+from llama.generation import load_model
 from llama.model import KVCache
+from llama.options import SamplingParams
 from llama.prompts import read_prompts
+from llama.sampling import Sampler
 
 
 def load(ckpt_dir: str | Path, dtype: torch.dtype | None = None):
@@ -49,18 +51,25 @@ def collectives_of_a_step(model) -> list[str]:
     for name in ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce"):
         setattr(dist, name, counting(name, getattr(dist, name)))
     h = model.hidden_states(torch.tensor([[3]]), cache=cache, start_pos=[0])
-    sample_on_rank_0(model.gather_logits(h[:, -1]), Sampling(0, 1.0, torch.Generator()))
+    Sampler(SamplingParams(temperature=0), torch.Generator()).next_ids(
+        model.gather_logits(h[:, -1])
+    )
     return list(calls)
 
 
-def greedy_tokens(models: list, prompts: list[str]) -> list:
-    """What each of several models, of (folder, tokenizer), generates."""
+SAMPLING = {"max_gen_len": 12, "temperature": 0.9, "top_p": 0.9, "seed": 4, "top_k": 20}
+SAMPLING |= {"min_p": 0.01, "repetition_penalty": 1.2}
+
+
+def generated_tokens(models: list, prompts: list[str]) -> list:
+    """What each of several models, of (folder, tokenizer), generates; the last one sampled too."""
     tokens = []
     for ckpt_dir, tokenizer_path in models:
         generator = LLaMA.build(ckpt_dir, tokenizer_path)
         outputs = generator.generate(prompts, max_gen_len=16, temperature=0)
         tokens.append([output.token for output in outputs])
-    return tokens
+    sampled = generator.generate(prompts, **SAMPLING)
+    return [*tokens, [output.token for output in sampled]]
 
 
 def smollm2(ckpt_dir: str, ids: list[int], out: str) -> list:

@@ -13,6 +13,7 @@ import torch
 from formats import assert_equal, tiny
 from others import ask, assert_greedy, llama_cpp, loaded, served, transformers_text
 from test_smollm2 import GGUF
+from test_template import conversations
 from test_vocabulary import SIZES, files_of, small_files, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -24,15 +25,16 @@ from llama.checkpoint.formats import open_any
 from llama.checkpoint.weights import EMBEDDING
 from llama.generation import LLaMA
 from llama.prompts import read_prompts
+from llama.template import LLAMA2, LLAMA3, ChatTemplate
 from llama.tokenizer import Tokenizer
 
-LLAMA3 = {"use_scaled_rope": True, "rope_theta": 5e5}
+SCALED = {"use_scaled_rope": True, "rope_theta": 5e5}
 SHAPES = {
     "heads = kv heads": {},
     "fewer kv heads": {"n_kv_heads": 2},
     "tied": {"n_kv_heads": 4},
-    "scaled rope": LLAMA3 | {"n_kv_heads": 1, "context_len": 1000},
-    "rope of another context": LLAMA3 | {"rope_original_len": 512, "rope_scaling_factor": 32.0},
+    "scaled rope": SCALED | {"n_kv_heads": 1, "context_len": 1000},
+    "rope of another context": SCALED | {"rope_original_len": 512, "rope_scaling_factor": 32.0},
     "linear rope": {"rope_linear_factor": 4.0},
     "wide heads": {"head_dim": 32, "norm_eps": 1e-6},
 }
@@ -60,7 +62,7 @@ def test_meta_to_another_format_and_back_is_bit_equal(tmp_path, name, dtype):
 def written(request, tmp_path_factory):
     """A tiny model with a real tokenizer in each format, and with a prompt in it (baked-…)."""
     folder, name = tmp_path_factory.mktemp(request.param), request.param
-    rope = {} if name == "sentencepiece" else LLAMA3
+    rope = {} if name == "sentencepiece" else SCALED
     template = {} if name == "json" else {"chat_template.jinja": TEMPLATES[name].encode()}
     files, tied = files_of(name) | template, name == "json"
     source = tiny(files, tied, vocab_size=SIZES[name], n_kv_heads=4, **rope)
@@ -107,6 +109,12 @@ def test_transformers_computes_and_cuts_texts_as_we_do(written, no_warnings, mon
         assert theirs(s)["input_ids"] == ids, s
         # SentencePiece takes "<unk>" for text, a tokenizer.json for the token.
         assert "<unk>" in s or original.encode(s, special_tokens=True) == ids, s
+    known = {"sentencepiece": LLAMA2, "tiktoken": LLAMA3, "json": ours.chat_template}
+    template = ChatTemplate(known[folder.name.rstrip("0")], ours)
+    for messages in conversations(200):
+        options = {"chat_template": template.source, "add_generation_prompt": True}
+        ids = theirs.apply_chat_template(messages, return_dict=False, **options)
+        assert template.ids(messages) == ids, messages
     ids = torch.tensor([ours.encode(texts(9)[8])])
     logits = loaded(source, original).model(ids)
     assert logits.std() > 1

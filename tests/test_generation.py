@@ -1,6 +1,7 @@
 """What LLaMA.generate promises, on tiny random models with real tokenizers."""
 
 import functools
+import random
 import re
 import shlex
 
@@ -18,17 +19,18 @@ from conftest import (
 )
 from formats import tiny
 from random_model import random_source
+from test_gguf_tokenizer import mixed_text
 from test_vocabulary import small_files
 from transformers import AutoModelForCausalLM
 
 from llama import LLaMA
 from llama.checkpoint.convert import convert
 from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.formats import open_any
+from llama.checkpoint.formats import open_any, open_pair
 from llama.checkpoint.gguf import write_gguf
 from llama.checkpoint.hf import write_hf
 from llama.checkpoint.write import write_checkpoint
-from llama.generation import open_pair
+from llama.generation import PromptCache
 from llama.tokenizer import Tokenizer
 
 PROMPTS = ["Once", "The capital of France is", "a b c d e f g h i j k l m", "In short:\n1."]
@@ -91,7 +93,7 @@ def assert_alike(models, found):
 
 
 def test_every_format_gives_the_same_text_and_what_is_done_is_said(any_format, capsys):
-    found = programs.greedy_tokens(any_format, PROMPTS)
+    found = programs.generated_tokens(any_format, PROMPTS)[:-1]
     said = capsys.readouterr().err.splitlines()
     assert_alike(any_format, found)
     capsys.readouterr()
@@ -102,9 +104,9 @@ def test_every_format_gives_the_same_text_and_what_is_done_is_said(any_format, c
     assert command[0] == "convert_model.py"
     assert run_script(*command).returncode == 0
     saved = command[command.index("--out_dir") + 1]
-    q8 = programs.greedy_tokens([*any_format[3:4], (saved, None)], PROMPTS)
-    assert q8[0] == q8[1]
-    assert len(capsys.readouterr().err.splitlines()) == 1  # of the first alone
+    again = programs.generated_tokens([(saved, None)], PROMPTS)
+    assert again[0] == found[3]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -114,9 +116,12 @@ def test_greedy_on_ranks_equals_hugging_face(tmp_path, on_ranks, any_format, n):
         path, vocab_size = TOKENIZERS[kind]
         ckpt_dir = make_ckpt(tmp_path / f"{i}", n, vocab_size=vocab_size, n_kv_heads=n_kv_heads)
         models.append((str(ckpt_dir), str(path)))
-    found = on_ranks(n, programs.greedy_tokens, models=models + any_format, prompts=PROMPTS)
-    assert found[: len(MODELS)] == [of_hugging_face(*model) for model in MODELS]
-    assert_alike(any_format, found[len(MODELS) :])
+    models = any_format + models
+    *found, sampled = on_ranks(n, programs.generated_tokens, models=models, prompts=PROMPTS)
+    assert_alike(any_format, found[: len(any_format)])
+    assert found[len(any_format) :] == [of_hugging_face(*model) for model in MODELS]
+    alone = build(tmp_path / "one", *MODELS[-1]).generate(PROMPTS, **programs.SAMPLING)
+    assert sampled == [output.token for output in alone]
 
 
 @pytest.mark.parametrize("max_batch_size", [32, 3])
@@ -179,6 +184,90 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path, value, temperature):
         llama.generate(PROMPTS, temperature=temperature)
 
 
+def test_a_stream_gives_what_generate_gives(tmp_path):
+    llama = build(tmp_path, max_batch_size=50)
+    chance = random.Random(2)
+    prompts = [mixed_text(chance) for _ in range(340)]  # Chinese, emoji, code, …
+    prompts = [x for x in prompts if 0 < len(llama.tokenizer.encode(x)) < 50][:200]
+    assert len(prompts) == 200
+    outputs = llama.generate(prompts, 12, 0, stop=["e", "一"])
+    assert {output.finish_reason for output in outputs} == {"stop", "length"}
+    for prompt, output in zip(prompts, outputs):
+        stream = llama.stream(prompt, 12, 0, stop=["e", "一"])
+        assert "".join(stream) == output.text
+        assert stream.output == output
+        assert "e" not in output.text
+
+
+def test_log_probabilities_are_hugging_faces(tmp_path):
+    llama = build(tmp_path, max_seq_len=400)
+    reference = hf_reference(vocab_size=32000, n_kv_heads=2)
+    texts = [*PROMPTS, PROMPTS[2] * 12]
+    outputs = llama.generate(texts, 8, 0, logprobs=3, echo=True)
+    for prompt, output in zip(texts, outputs):
+        ids = llama.tokenizer.encode(prompt)
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids + output.token])).logits[0]
+        expected = logits.log_softmax(-1)
+        chosen = expected[:-1].gather(1, torch.tensor([ids + output.token]).T[1:])[:, 0].tolist()
+        assert output.prompt_logprobs[0] is None
+        found = output.prompt_logprobs[1:] + output.logprobs
+        assert found == pytest.approx(chosen, abs=1e-3)
+        for row, top in zip(expected[len(ids) - 1 : -1], output.top_logprobs):
+            values, best = row.topk(3)
+            assert list(top) == best.tolist()
+            assert list(top.values()) == pytest.approx(values.tolist(), abs=1e-3)
+    only = llama.generate(texts, 0, echo=True)
+    assert [output.token for output in only] == [[]] * len(texts)
+    assert [output.prompt_logprobs for output in only] == [x.prompt_logprobs for x in outputs]
+
+
+def test_log_probabilities_behind_a_tuned_prompt_are_those_behind_its_tokens(tmp_path):
+    llama = build(tmp_path)
+    expected = llama.generate([[5, 6, 7, 8]], 0, echo=True)[0].prompt_logprobs[2:]
+    llama.soft_prompt = llama.model.tok_embeddings(torch.tensor([5, 6]))
+    found = llama.generate([[7, 8]], 0, echo=True)[0].prompt_logprobs
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_several_continuations_of_a_prompt_stand_side_by_side(tmp_path):
+    llama = build(tmp_path, max_batch_size=4)
+    outputs = llama.generate(PROMPTS, 6, 1.0, 1.0, seed=3, n=3)
+    assert len(outputs) == 3 * len(PROMPTS)
+    assert len({output.text for output in outputs[:3]}) == 3
+    greedy = llama.generate(PROMPTS, 6, 0)
+    assert llama.generate(PROMPTS, 6, 0, n=2) == [x for x in greedy for _ in range(2)]
+
+
+def test_a_kept_cache_is_read_on_and_changes_nothing(tmp_path):
+    llama = build(tmp_path)
+    llama.soft_prompt = llama.model.tok_embeddings(torch.tensor([5, 6, 7]))
+    cache = PromptCache(llama)
+    first = llama.tokenizer.encode("The capital")
+    answer = llama.stream(first, 6, 0, cache=cache)
+    assert list(answer)
+    read = llama.timing.prompt_tokens
+    second = first + answer.output.token + llama.tokenizer.encode(" of France", bos=False)
+    again = llama.stream(second, 6, 0, cache=cache)
+    assert "".join(again) == llama.generate([second], 6, 0)[0].text
+    new = len(second) - len(first) - len(answer.output.token) + 1  # its last token was not fed
+    assert llama.timing.prompt_tokens == read + new + len(second)
+    other = llama.stream(first, 6, 0, cache=cache)  # it is the beginning of what was read
+    assert list(other)
+    assert other.output == answer.output
+
+
+def test_an_interrupted_stream_ends_with_what_it_has(tmp_path):
+    llama = build(tmp_path)
+    pieces: list[str] = []
+    stream = llama.stream(PROMPTS[2], 30, 0, interrupted=lambda: len(pieces) >= 3)
+    for piece in stream:
+        pieces.append(piece)
+    assert stream.output.finish_reason == "interrupted"
+    assert 3 <= len(stream.output.token) < 30
+    assert "".join(pieces) == stream.output.text
+
+
 def test_logits_that_are_no_numbers_end_all_ranks_with_one_line(tmp_path):
     source = random_source(make_params(), torch.float16, std=1e4)  # its sums overflow
     write_checkpoint(source, tmp_path / "ckpt", 2)
@@ -211,6 +300,9 @@ def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks):
     ("prompts", "options", "message"),
     [
         ([], {}, "no prompts"),
+        ("hello", {}, r"must be a list: generate\(\[prompt\]\)"),
+        ([[5, 32000]], {}, "token id 32000 is outside"),
+        ([[]], {}, "no token to start from"),
         (["ok", "word " * 80], {}, "prompt 2 .* no room"),
         (["ok"], {"top_p": 0}, "top_p"),  # see test_options.py
     ],

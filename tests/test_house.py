@@ -7,11 +7,21 @@ import pytest
 from conftest import REPO, run_script
 
 # From the ground up: a file imports only files that stand before it, so no way leads back.
-GROUND = ["layers", "parallel", "cli", "options", "files", "model", "tokenizer"]
+GROUND = [
+    "layers",
+    "parallel",
+    "cli",
+    "options",
+    "files",
+    "model",
+    "tokenizer",
+    "template",
+    "text_stream",
+]
 CHECKPOINT = ["params", "weights", "manifest", "folder", "laid_out", "write", "hf"]
 CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "formats", "modelfile"]
 CHECKPOINT += ["baked", "convert", "embeds"]
-GENERATION = ["generation", "prompts"]
+GENERATION = ["sampling", "generation", "prompts", "chat", "terminal"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
 ORDER += [f"tuning.{name}" for name in TUNING]

@@ -99,10 +99,10 @@ def test_a_template_that_does_not_do_is_left_out_and_told(capsys, template, mess
 def test_a_template_that_takes_too_long_ends_the_program(tmp_path):
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     (tmp_path / "script.py").write_text(
-        "from llama.checkpoint import modelfile\n"
-        "modelfile.TIME_LIMIT = 1\n"
-        f"modelfile.render({loop!r}, [], {{}})\n"
+        "from llama import template\n"
+        "template.TIME_LIMIT = 1\n"
+        f"template.render({loop!r}, [], {{}})\n"
     )
     result = run_script(tmp_path / "script.py")
     assert result.returncode == 1
-    assert "error: after 1 s the tokenizer's chat template still runs" in result.stderr
+    assert "error: after 1 s the chat template still runs" in result.stderr

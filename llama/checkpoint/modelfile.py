@@ -1,13 +1,9 @@
 """Ollama's Modelfile beside a GGUF file: the chat template in Ollama's own language."""
 
 import contextlib
-import json
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from llama.cli import say, shown, time_limit
-
-TIME_LIMIT = 30  # seconds for a template, which is a stranger's program
+from llama.cli import say
+from llama.template import render as render_template
 
 
 def modelfile(name: str, vocabulary: dict) -> str:
@@ -73,32 +69,12 @@ def _between(template: str, messages: list[dict], vocabulary: dict) -> list[str]
 
 
 def render(template: str, messages: list[dict], vocabulary: dict) -> str:
-    """A conversation in a chat template, up to where the answer begins.
-
-    Raises ValueError for a template that fails; one that hangs ends the program.
-    """
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
+    """A conversation in a chat template, with the names of special tokens in GGUF's metadata."""
 
     def text_of(field: str) -> str:
         i = vocabulary.get(f"tokenizer.ggml.{field}_token_id")
         return "" if i is None else vocabulary["tokenizer.ggml.tokens"][i]
 
-    # As transformers has it, but for the date: a Modelfile would keep that of today.
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    jinja.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
-    jinja.globals["raise_exception"] = refuse
     added = vocabulary.get("tokenizer.ggml.add_bos_token")  # then whoever runs it adds BOS
     words = {"bos_token": "" if added else text_of("bos"), "eos_token": text_of("eos")}
-    try:
-        with time_limit(
-            TIME_LIMIT, f"after {TIME_LIMIT} s the tokenizer's chat template still runs"
-        ):
-            return jinja.from_string(template).render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **words
-            )
-    except Exception as error:
-        raise ValueError(f"the tokenizer's chat template fails: {shown(str(error))}") from None
+    return render_template(template, messages, words)

@@ -17,7 +17,6 @@ from llama.checkpoint.tokenizer_words import Vocabulary, read_vocabulary
 from llama.cli import say
 from llama.tokenizer import CONFIG, NAMES, Tokenizer
 
-TEMPLATE = "chat_template.jinja"
 # Tokens that end a turn where the file calls another one the end of a sequence.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 # Texts by which two tokenizers are told apart.
@@ -59,7 +58,9 @@ def vocabulary_of(files: dict[str, bytes], vocab_size: int) -> dict:
         original, config = Tokenizer(name, files), json.loads(files.get(CONFIG, b"{}"))
         found = read_vocabulary(files[name])
         _fill(found, config, vocab_size)
-        meta = _metadata(found, config, original) | _chat_template(files, config)
+        meta = _metadata(found, config, original)
+        if original.chat_template is not None:
+            meta["tokenizer.chat_template"] = original.chat_template
         rebuilt = Tokenizer(f"rebuilt {name}", tokenizer_files(meta, vocab_size))
         _check_same(original, rebuilt, found)
     except Exception as error:  # whatever a damaged file leads to
@@ -107,16 +108,6 @@ def _metadata(found: Vocabulary, config: dict, original: Tokenizer) -> dict:
     words |= {name: i for name, i in numbers.items() if i is not None}
     soft_prompt = {name: config[name] for name in SOFT_PROMPT if name in config}
     return {f"tokenizer.ggml.{name}": value for name, value in words.items()} | soft_prompt
-
-
-def _chat_template(files: dict[str, bytes], config: dict) -> dict[str, str]:
-    """The chat template: a file of its own, or else an entry, of which there may be several."""
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    if TEMPLATE in files:
-        found = files[TEMPLATE].decode()
-    return {"tokenizer.chat_template": found} if isinstance(found, str) else {}
 
 
 def _check_same(original: Tokenizer, rebuilt: Tokenizer, found: Vocabulary) -> None:

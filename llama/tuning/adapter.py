@@ -20,6 +20,8 @@ from llama.files import (
     write_whole,
 )
 from llama.model import Transformer
+from llama.template import ChatTemplate
+from llama.tokenizer import TEMPLATE, Tokenizer, read_template
 
 if TYPE_CHECKING:  # to read an adapter needs neither PEFT nor transformers, which load slowly
     from peft import PeftModel
@@ -72,8 +74,11 @@ def _prompt_in(path: Path) -> torch.Tensor:
     raise ValueError(f"{path}: no tuned prompt in it")
 
 
-def save_adapter(model: "PeftModel", folder: Path) -> None:
-    """Write a standard PEFT adapter into a folder, each file whole or not at all."""
+def save_adapter(model: "PeftModel", folder: Path, chat_template: str | None = None) -> None:
+    """Write a standard PEFT adapter into a folder, each file whole or not at all.
+
+    chat_template: how conversations look that the prompt was trained on, in jinja2's language.
+    """
     made = partial_name(folder / "adapter")
     remove(made)  # of a run that was killed
     made.mkdir()
@@ -81,6 +86,8 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
         # False: there are no embedding layers to save, and PEFT need not ask a hub about them.
         model.save_pretrained(str(made), save_embedding_layers=False)
         write_json(made / BASE, base_model_facts(model.get_base_model().transformer))
+        if chat_template is not None:
+            (made / TEMPLATE).write_text(chat_template, encoding="utf-8")
         for file in made.iterdir():
             with write_whole(folder / file.name) as partial:
                 file.rename(partial)
@@ -110,6 +117,12 @@ def warn_of_another_model(path: str | Path, model: Transformer | Source) -> None
         del now["dtype"], now["norms_sha256"]
     if changed := differing(before, now):
         cli.say(f"{path}: was trained on another model (it differs in {changed})")
+
+
+def template_beside(path: str | Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of conversations that a tuned prompt was trained on; None if no file says."""
+    found = _beside(Path(path), TEMPLATE)
+    return ChatTemplate(read_template(found), tokenizer) if found.is_file() else None
 
 
 def differing(before: dict, now: dict) -> str:

@@ -1,5 +1,6 @@
 """Instruction data: Alpaca's prompts, rows from JSON, tokens with labels, batches."""
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,16 @@ PROMPT_WITH_INPUT = (
 )
 PROMPT_NO_INPUT = ALPACA_PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:"
 
+# The second as a chat template, with bos for what the tokenizer puts in front of a text. Of several
+# turns Alpaca says nothing: here each follows like the first, without the preamble.
+CHAT_TEMPLATE = (
+    "{%% if messages[0].role == 'system' %%}"
+    "{{ raise_exception('the tuned prompt takes no system message') }}{%% endif %%}"
+    "{{ %(bos)s + %(preamble)s }}{%% for message in messages %%}{%% if message.role == 'user' %%}"
+    r"{{ '\n\n### Instruction:\n' + message.content + '\n\n### Response:' }}"
+    "{%% else %%}{{ message.content }}{%% endif %%}{%% endfor %%}"
+)
+
 IGNORE = -100  # the label that torch's and fairscale's losses leave out
 
 EXPECTED = (
@@ -37,6 +48,12 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     template = PROMPT_WITH_INPUT if input else PROMPT_NO_INPUT
     # format reads braces in the template alone: those in a user's text stay as they are.
     return template.format(instruction=instruction, input=input)
+
+
+def alpaca_chat_template(tokenizer: Tokenizer) -> str:
+    """The chat template that makes of one user message what alpaca_prompt() and encode() make."""
+    bos = "" if tokenizer.bos_id is None else tokenizer.words["bos_token"]
+    return CHAT_TEMPLATE % {"bos": json.dumps(bos), "preamble": json.dumps(ALPACA_PREAMBLE)}
 
 
 def load_instructions(path: str | Path) -> list[dict[str, str]]:

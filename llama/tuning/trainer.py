@@ -25,8 +25,9 @@ from llama.files import (
     write_json,
     write_whole,
 )
+from llama.tokenizer import Tokenizer
 from llama.tuning.adapter import base_model_facts, differing, load_soft_prompt, save_adapter
-from llama.tuning.data import Row, collate
+from llama.tuning.data import Row, alpaca_chat_template, collate
 from llama.tuning.model import soft_prompt_of
 from llama.tuning.options import TuningOptions
 
@@ -84,7 +85,7 @@ class PromptTrainer(transformers.Trainer):
         options: TuningOptions,
         train_rows: list[Row],
         eval_rows: list[Row] | None,
-        pad_id: int,
+        tokenizer: Tokenizer,
     ) -> None:
         prompt = soft_prompt_of(model)
         super().__init__(
@@ -92,8 +93,9 @@ class PromptTrainer(transformers.Trainer):
             args=training_arguments(options, len(train_rows), eval_rows is not None, prompt.device),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=functools.partial(collate, pad_id=pad_id),
+            data_collator=functools.partial(collate, pad_id=tokenizer.pad_id),
         )
+        self.chat_template = alpaca_chat_template(tokenizer)
         self.remove_callback(PrinterCallback)  # which prints on stdout, on every rank
         if self.args.n_gpu > 1 or self.args.device.type != prompt.device.type:
             raise RuntimeError(
@@ -137,7 +139,7 @@ class PromptTrainer(transformers.Trainer):
         """Write, by rank 0, the adapter, the state of the run and the picture of its losses."""
         if parallel.rank() == 0:
             with naming_refusals(folder):
-                save_adapter(self.model, folder)
+                save_adapter(self.model, folder, self.chat_template)
                 with write_whole(folder / STATE) as partial:
                     self.state.save_to_json(str(partial))
                 plot_losses(self.state.log_history, folder / "loss.png")
@@ -149,7 +151,7 @@ class PromptTrainer(transformers.Trainer):
             folder = Path(self.args.output_dir) / f"checkpoint-{step}"
             remove(folder)  # not whole: a resumed run starts from the newest whole one
             with naming_refusals(folder), new_folder(folder) as partial:
-                save_adapter(self.model, partial)
+                save_adapter(self.model, partial, self.chat_template)
                 self._save_optimizer(partial / OPTIMIZER)
                 self.state.save_to_json(str(partial / STATE))
                 files = {"step": step, "files": _hashes_of(partial)}
