@@ -37,8 +37,9 @@ def main(
     """
     # here and not above, so that --help need not wait for torch
     from llama import parallel
-    from llama.checkpoint.convert import bake, check_target, convert, open_any, verify_written
+    from llama.checkpoint.convert import bake, check_target, convert, verify_written
     from llama.checkpoint.embeds import write_embeds
+    from llama.checkpoint.formats import open_any
     from llama.checkpoint.weights import valid_shard_counts
     from llama.prompts import read_prompts
     from llama.tuning.adapter import (
@@ -67,10 +68,11 @@ def main(
     print(f"{out_dir}: {cli.counted(n, 'shard') if to == 'meta' else 'written'}"
           f"{', and read again: as it should be' * verify}")  # fmt: skip
     counts, out = ", ".join(map(str, valid_shard_counts(source.args))), shlex.quote(out_dir)
+    without = " --tokenizer_path …" * (not source.has_tokenizer)
     special_tokens = "" if prompt is None else " --special_tokens"
     commands = {
-        "meta": f"generate: torchrun --nproc_per_node {n} example.py --ckpt_dir {out} "
-        f"--tokenizer_path {out}{special_tokens}\nfor N cards, N among {counts}: "
+        "meta": f"generate: torchrun --nproc_per_node {n} example.py --ckpt_dir {out}"
+        f"{without}{special_tokens}\nfor N cards, N among {counts}: "
         f"python split_model.py --ckpt_dir {out} --n N",
         "hf": f"transformers: AutoModelForCausalLM.from_pretrained({out_dir!r}), and AutoTokenizer",
         "gguf": f"llama.cpp: llama-cli --model {out}/*.gguf\n"

@@ -30,8 +30,9 @@ def tune(flags: TuningOptions, out: Path) -> None:
     import transformers
 
     from llama import parallel
+    from llama.checkpoint.formats import open_pair
     from llama.checkpoint.weights import parse_dtype
-    from llama.generation import load_model, open_pair
+    from llama.generation import load_model
     from llama.tuning.data import split_dataset, tokenize_dataset
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
@@ -65,10 +66,10 @@ def tune(flags: TuningOptions, out: Path) -> None:
     ckpt.check_unchanged()
     trainer.save(out)
     if parallel.rank() == 0:
+        given = f" --tokenizer_path {flags.tokenizer_path}" if flags.tokenizer_path else ""
         print(
             f"{out}: generate with it: torchrun --nproc_per_node {parallel.world_size()} "
-            f"example_ft.py --ckpt_dir {flags.ckpt_dir} "
-            f"--tokenizer_path {flags.tokenizer_path} --tuning_ckpt_path {out}"
+            f"example_ft.py --ckpt_dir {flags.ckpt_dir}{given} --tuning_ckpt_path {out}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Cut a checkpoint in Meta's format into n shards, one a rank; or check that it is whole.
+"""Cut a checkpoint of any format into n shards, one a rank; or check that it is whole.
 
 python split_model.py --ckpt_dir ckpts/7B --n 4
 python split_model.py --ckpt_dir ckpts/7B_fs4 --verify
@@ -22,10 +22,12 @@ def main(
     """Cut a checkpoint of any number of shards into n, in a new folder; or check that it is whole.
 
     Args:
-        ckpt_dir: folder with params.json and consolidated.*.pth or fs_consolidated.*.pth.
+        ckpt_dir: a folder in Meta's format (params.json and consolidated.*.pth or
+            fs_consolidated.*.pth), a Hugging Face folder, or a .gguf file.
         n: how many shards to write; 1 merges.
         out_dir: folder to write, by default the name of ckpt_dir with _fs and n behind it.
-        dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        dtype: float32, bfloat16 or float16; by default what the checkpoint holds (quantised:
+            float32).
         verify: read everything again and check it: what was cut against ckpt_dir, or without n
             ckpt_dir alone, or ckpt_dir against out_dir.
         dry_run: write nothing, but show what would be written and what each rank needs to run.
@@ -35,7 +37,8 @@ def main(
     # here and not above, so that --help need not wait for torch
     from llama import parallel
     from llama.checkpoint.folder import Checkpoint, compare
-    from llama.checkpoint.weights import check_shard_count, parse_dtype
+    from llama.checkpoint.formats import open_any
+    from llama.checkpoint.weights import check_shard_count, default_out_dir, parse_dtype
     from llama.checkpoint.write import plan, write_checkpoint
 
     if parallel.rank():  # one process does it, also where torchrun started several
@@ -46,7 +49,9 @@ def main(
         raise ValueError("--verify reads everything, and --dry_run nothing: give one of them")
     cli.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     wanted = parse_dtype(dtype)
-    ckpt = Checkpoint(ckpt_dir)
+    ckpt = open_any(ckpt_dir)
+    if n is not None and wanted is None and (growth := ckpt.growth(ckpt.shapes)):
+        cli.say(f"{ckpt_dir}: {growth}")
     if dry_run:
         print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
@@ -56,9 +61,9 @@ def main(
             raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
         check_shard_count(ckpt.args, n, ckpt_dir)
         write_checkpoint(ckpt, out_dir, n, wanted)
-        tokenizer_path = out_dir if any(Path(out_dir).glob("tokenizer*")) else "…"
+        without = " --tokenizer_path …" * (not ckpt.has_tokenizer)
         print(f"{out_dir}: {cli.counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
-              f"example.py --ckpt_dir {out_dir} --tokenizer_path {tokenizer_path}")  # fmt: skip
+              f"example.py --ckpt_dir {out_dir}{without}")  # fmt: skip
     if verify and out_dir is None:
         ckpt.verify()
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
@@ -67,14 +72,7 @@ def main(
         compare(ckpt, out)
         converted = f", the second in {out.dtype} as made from {ckpt.dtype}"
         print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}"
-              + converted * (out.dtypes != ckpt.dtypes))  # fmt: skip
-
-
-def default_out_dir(ckpt_dir: str, n: int) -> Path:
-    """The folder's name with _fs and n behind it, beside it."""
-    folder = Path(ckpt_dir)
-    folder = folder if folder.name not in ("", "..") else folder.resolve()
-    return folder.with_name(f"{folder.name}_fs{n}")
+              + converted * (out.dtype != ckpt.dtype))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ class RandomSource(Source):
     """
 
     def __init__(self, params: dict, dtype: torch.dtype, std: float) -> None:
-        super().__init__(params, dtype)
+        super().__init__("random weights", params, dtype)
         self.std = std
         self.seeds = {name: seed for seed, name in enumerate(self.shapes)}
         # Blocks of rows are read one after the other, on a few threads.

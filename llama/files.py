@@ -182,6 +182,11 @@ def read_json(path: Path, longest: int = 1 << 28) -> dict:
     return value
 
 
+def content_of(file: bytes | Path) -> bytes:
+    """The content of a file that may be elsewhere still, or nowhere yet."""
+    return file.read_bytes() if isinstance(file, Path) else file
+
+
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """The lines of a UTF-8 text that are not blank, each with its place for messages."""
     try:

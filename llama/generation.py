@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llama import parallel
-from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.weights import parse_dtype
+from llama.checkpoint.formats import open_pair
+from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, say, shown
 from llama.model import KVCache, Transformer
 from llama.options import SamplingParams
@@ -91,19 +91,20 @@ class LLaMA:
     max_batch_size: int = 32
     soft_prompt: torch.Tensor | None = None  # (num_virtual_tokens, dim), before every prompt
     timing: Timing = field(default_factory=Timing)
-    ckpt: Checkpoint | None = None  # whose mapped files are to stay as they are meanwhile
+    ckpt: Source | None = None  # whose mapped files are to stay as they are meanwhile
 
     @classmethod
     def build(
         cls,
         ckpt_dir: str | Path,
-        tokenizer_path: str | Path,
+        tokenizer_path: str | Path | None = None,
         max_seq_len: int | None = 512,
         max_batch_size: int = 32,
         dtype: str | None = None,
     ) -> "LLaMA":
-        """Load this rank's shard of a checkpoint, and the tokenizer.
+        """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
+        tokenizer_path: None takes the one that the checkpoint holds.
         max_seq_len: tokens of prompt and continuation; None takes what the model was made for, but
         at most LONGEST_CONTEXT.
         dtype: float32, bfloat16 or float16; None takes what the checkpoint holds. Raises
@@ -355,29 +356,16 @@ def n_kept(before: list[int], now: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(now) - 1))
 
 
-def open_pair(ckpt_dir: str | Path, tokenizer_path: str | Path) -> tuple[Checkpoint, Tokenizer]:
-    """A checkpoint, not yet read, and its tokenizer; ValueError where their vocabularies differ."""
-    ckpt, tokenizer = Checkpoint(ckpt_dir), Tokenizer(tokenizer_path)
-    if tokenizer.n_words != ckpt.args.vocab_size:
-        raise ValueError(
-            f"{tokenizer_path}: a vocabulary of {tokenizer.n_words}, but the model in "
-            f"{ckpt_dir} has {ckpt.args.vocab_size}; give the tokenizer that came with it"
-        )
-    return ckpt, tokenizer
-
-
-def load_model(
-    ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
-) -> Transformer:
+def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
     """This rank's part of a checkpoint as a model.
 
-    What the manifest says of the weights is checked. A checkpoint of another number of shards is
-    cut anew. On a CPU and in the checkpoint's own dtype, weights stay mapped files and take no
-    memory, but for those that are taken apart by columns or put together from several shards.
+    What the manifest says of the weights is checked. A checkpoint of another number of shards or
+    another format is cut anew. In Meta's format, on a CPU and in the checkpoint's own dtype,
+    weights stay mapped files and take no memory, but for those that are taken apart by columns or
+    put together from several shards.
     """
-    dtype = dtype or ckpt.dtype
-    parts = ckpt.load(parallel.rank(), parallel.world_size())
-    weights = {name: part.to(device, dtype) for name, part in parts}
+    parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
+    weights = {name: part.to(device) for name, part in parts}
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

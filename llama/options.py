@@ -60,8 +60,10 @@ class GenerationOptions(SamplingParams):
     Completions go to stdout, timings to stderr.
 
     Args:
-        ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
-        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
+        ckpt_dir: a folder in Meta's format, best with one shard a rank (see split_model.py), a
+            Hugging Face folder, or a .gguf file; the last two are converted while loading.
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in; by
+            default what ckpt_dir holds.
         prompt: a prompt; - takes what comes on stdin.
         prompts_file: your prompts, one a line; or a .jsonl file of {"prompt": "..."} lines.
         messages_file: conversations to answer: a .jsonl file of {"messages": [{"role": "user",
@@ -89,7 +91,7 @@ class GenerationOptions(SamplingParams):
     """
 
     ckpt_dir: str
-    tokenizer_path: str
+    tokenizer_path: str | None = None
     prompt: str | None = None
     prompts_file: str | None = None
     messages_file: str | None = None

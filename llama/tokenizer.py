@@ -14,7 +14,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from llama.cli import shown, time_limit
-from llama.files import read_json
+from llama.files import content_of, read_json
 
 # Rust's backtraces tell a user nothing, and one thread is what one text takes.
 os.environ["RUST_BACKTRACE"] = "0"
@@ -42,6 +42,8 @@ TIME_LIMIT = 30
 MAX_GROWTH = 256
 LONGEST_TEMPLATE = 1 << 20  # bytes
 
+# Where a folder has its tokenizer: the first that is there.
+NAMES = ("tokenizer.model", "tokenizer.json")
 # Beside the file, for any of the three kinds: Hugging Face's configuration, and a chat template.
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -64,9 +66,11 @@ class Tokenizer:
     pad_id: an id to fill with, eos_id where the file has none. Never recognise padding by it.
     chat_template: how the model wants conversations written, in jinja2's language, or None.
     words: names of special tokens as chat templates know them: bos_token, eos_token, …
+    n_rows: how many ids its model has; those from n_words on have no token, and become no text.
     """
 
     n_words: int
+    n_rows: int
     bos_id: int | None
     eos_id: int
     pad_id: int
@@ -78,20 +82,31 @@ class Tokenizer:
     _decode: Callable[[list[int]], str]
     _special_ids: Container[int]  # those left out of a decoded text
 
-    def __init__(self, model_path: str | Path):
+    def __init__(self, model_path: str | Path, files: dict[str, bytes | Path] | None = None):
         """Load a tokenizer file, or the one inside a folder (tokenizer.model, tokenizer.json).
 
-        Its kind is told by its content alone. Raises FileNotFoundError if there is none,
-        ValueError if the file is no tokenizer.
+        files: what such a folder holds, by name, each as a path or as its content; model_path is
+        then only what messages name. A file's kind is told by its content alone. Raises
+        FileNotFoundError if there is none, ValueError if the file is no tokenizer.
         """
-        self.model_path = _find_file(Path(model_path))
-        if self.model_path.stat().st_size > 256 << 20:  # the largest known one has 35 MB
-            raise ValueError(f"{self.model_path}: is no tokenizer file: it is too long for one")
-        data = self.model_path.read_bytes()
+        self.files = _files_at(Path(model_path)) if files is None else files
+        names = [*NAMES, Path(model_path).name]
+        file = next((self.files[name] for name in names if name in self.files), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"{model_path}: no tokenizer here; give the {' or '.join(NAMES)} that came with "
+                "the weights (--tokenizer_path)"
+            )
+        self.model_path = file if isinstance(file, Path) else Path(model_path)
+        # the largest known one has 35 MB
+        if isinstance(file, Path) and file.stat().st_size > 256 << 20:
+            raise ValueError(f"{file}: is no tokenizer file: it is too long for one")
+        data = content_of(file)
         with self._guarded():
             load = {"json": self._load_json, "tiktoken": self._load_tiktoken}
             load.get(kind_of(data), self._load_sentencepiece)(data)
             self._load_words()
+        self.n_rows = self.n_words
 
     def encode(
         self,
@@ -132,13 +147,13 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         for i in ids:
-            if not 0 <= i < self.n_words:
+            if not 0 <= i < self.n_rows:
                 raise ValueError(
                     f"{self.model_path}: token id {i} is outside this vocabulary of "
                     f"{self.n_words}; give the tokenizer that belongs to the model"
                 )
         with self._guarded():
-            return self._decode([i for i in ids if i not in self._special_ids])
+            return self._decode([i for i in ids if i < self.n_words and i not in self._special_ids])
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -203,7 +218,6 @@ class Tokenizer:
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = True
-        config_path = self.model_path.with_name(CONFIG)
         config = self._config()
 
         def named_id(key: str) -> int | None:
@@ -211,15 +225,13 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             found = None if token is None else rust.token_to_id(str(token))
             if token is not None and found is None:
-                raise ValueError(f"{config_path.name} has a {key} that is not in it: {token!r}")
+                raise ValueError(f"{CONFIG} has a {key} that is not in it: {token!r}")
             return found
 
         usual = [rust.token_to_id(name) for name in JSON_EOS_NAMES]
         ends = [i for i in (named_id("eos_token"), *usual) if i is not None]
         if not ends:
-            raise ValueError(
-                f"no end-of-sequence token; name one as eos_token in {config_path.name}"
-            )
+            raise ValueError(f"no end-of-sequence token; name one as eos_token in {CONFIG}")
         added = rust.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         special = set(self.special_tokens.values())
@@ -237,17 +249,17 @@ class Tokenizer:
 
     def _config(self) -> dict:
         """The tokenizer_config.json beside the file, {} if there is none."""
-        path = self.model_path.with_name(CONFIG)
-        return read_json(path) if path.is_file() else {}
+        file = self.files.get(CONFIG, b"{}")
+        return read_json(file) if isinstance(file, Path) else json.loads(file)
 
     def _load_words(self) -> None:
         """What chat templates need: the template itself, and the names of special tokens."""
-        config, template = self._config(), self.model_path.with_name(TEMPLATE)
+        config, template = self._config(), self.files.get(TEMPLATE)
         found = config.get("chat_template")
         if isinstance(found, list):  # several by name
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        if template.is_file():
-            found = read_template(template)
+        if template is not None:
+            found = read_template(template) if isinstance(template, Path) else template.decode()
         self.chat_template = found if isinstance(found, str) else None
         names = {i: name for name, i in self.special_tokens.items()}
         self.words = {
@@ -328,16 +340,11 @@ def _check_json(content: dict) -> None:
             raise ValueError("its normalizers make texts too long")
 
 
-def _find_file(path: Path) -> Path:
-    """The tokenizer file that a path given by the user means."""
-    names = ("tokenizer.model", "tokenizer.json")
-    for file in [path / name for name in names] if path.is_dir() else [path]:
-        if file.is_file():
-            return file
-    raise FileNotFoundError(
-        f"{path}: no tokenizer here; give the {' or '.join(names)} that came with the weights "
-        "(--tokenizer_path)"
-    )
+def _files_at(path: Path) -> dict[str, Path]:
+    """The files of the tokenizer that a path given by the user means, by name."""
+    folder, names = (path, NAMES) if path.is_dir() else (path.parent, (path.name,))
+    found = {name: folder / name for name in (*names, CONFIG, TEMPLATE)}
+    return {name: file for name, file in found.items() if file.is_file()}
 
 
 def _tiktoken_parts(s: str) -> Iterator[str]:

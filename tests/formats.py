@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import parallel
-from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any
 from llama.checkpoint.params import context_len, sizes_of
 from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source
 from llama.checkpoint.write import write_checkpoint

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llama import LLaMA, cli, parallel
-from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any
 from llama.generation import load_model
 from llama.model import KVCache
 from llama.options import SamplingParams
@@ -22,8 +22,8 @@ from llama.sampling import Sampler
 
 
 def load(ckpt_dir: str | Path, dtype: torch.dtype | None = None):
-    """This rank's part of a checkpoint as a model."""
-    return load_model(Checkpoint(ckpt_dir), parallel.setup(), dtype)
+    """This rank's part of a checkpoint of any format as a model."""
+    return load_model(open_any(ckpt_dir), parallel.setup(), dtype)
 
 
 @torch.inference_mode()

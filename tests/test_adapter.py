@@ -5,11 +5,20 @@ import programs
 import pytest
 import torch
 from conftest import TOKENIZERS, RunsCode, flags_of, hf_reference, make_ckpt, run_script, saved
+from formats import tiny
 from safetensors.torch import save_file
 
 from llama import LLaMA
+from llama.checkpoint.convert import convert
+from llama.checkpoint.formats import open_any
+from llama.checkpoint.gguf import write_gguf
 from llama.prompts import SEPARATOR
-from llama.tuning.adapter import load_soft_prompt, save_adapter, warn_of_another_model
+from llama.tuning.adapter import (
+    base_model_facts,
+    load_soft_prompt,
+    save_adapter,
+    warn_of_another_model,
+)
 from llama.tuning.model import add_soft_prompt, soft_prompt_of
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
@@ -134,3 +143,13 @@ def test_an_adapter_of_another_model_is_used_with_a_warning(tmp_path, capsys):
     other = programs.load(make_ckpt(tmp_path / "other", **MODEL, norm_eps=1e-2))
     warn_of_another_model(tmp_path, other)
     assert "trained on another model (it differs in norm_eps)" in capsys.readouterr().err
+
+
+def test_a_model_is_known_again_in_every_format(tmp_path):
+    source = tiny({}, vocab_size=320, n_kv_heads=2, ffn_dim_multiplier=1.3)
+    for to in ("meta", "hf"):
+        convert(source, tmp_path / to, to)
+    write_gguf(source, tmp_path / "gguf", "float32", {})
+    for to in ("meta", "hf", "gguf"):
+        for model in (open_any(tmp_path / to), programs.load(tmp_path / to)):
+            assert base_model_facts(model) == base_model_facts(source), to

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llama.checkpoint import convert as converting
 from llama.checkpoint import hf
-from llama.checkpoint.convert import bake, convert, open_any, vocabulary_in
+from llama.checkpoint.convert import bake, convert, vocabulary_in
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any
 from llama.checkpoint.weights import EMBEDDING
 from llama.generation import LLaMA
 from llama.prompts import read_prompts

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from test_vocabulary import small_files
 
 import convert_model
-from llama.checkpoint.convert import bake, convert, open_any
+from llama.checkpoint.convert import bake, convert
+from llama.checkpoint.formats import open_any
 from llama.checkpoint.laid_out import LaidOutFile
 
 
@@ -124,7 +125,8 @@ def test_a_kill_leaves_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_path, g
 
 MEASURED = """
 import sys
-from llama.checkpoint.convert import convert, open_any
+from llama.checkpoint.convert import convert
+from llama.checkpoint.formats import open_any
 from llama.cli import MemoryWatch
 watch = MemoryWatch()
 watch.join(0.1)

@@ -2,15 +2,33 @@
 
 import functools
 import random
+import re
+import shlex
 
 import programs
 import pytest
 import torch
-from conftest import TOKENIZERS, flags_of, hf_reference, make_ckpt, make_params, run_script
+from conftest import (
+    TOKENIZERS,
+    edit_json,
+    flags_of,
+    hf_reference,
+    make_ckpt,
+    make_params,
+    run_script,
+)
+from formats import tiny
 from random_model import random_source
 from test_gguf_tokenizer import mixed_text
+from test_vocabulary import small_files
+from transformers import AutoModelForCausalLM
 
 from llama import LLaMA
+from llama.checkpoint.convert import convert
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any, open_pair
+from llama.checkpoint.gguf import write_gguf
+from llama.checkpoint.hf import write_hf
 from llama.checkpoint.write import write_checkpoint
 from llama.generation import PromptCache
 from llama.tokenizer import Tokenizer
@@ -47,15 +65,61 @@ def test_greedy_equals_hugging_face(tmp_path, kind, n_kv_heads):
     assert [output.token for output in outputs] == of_hugging_face(kind, n_kv_heads)
 
 
+@pytest.fixture(scope="module")
+def any_format(tmp_path_factory):
+    """A model with its tokenizer in each format, and one of 8 bits, with what it becomes."""
+    folder = tmp_path_factory.mktemp("any_format")
+    source = tiny(small_files(), vocab_size=320, n_kv_heads=2, multiple_of=64)
+    for to in ("meta", "hf", "gguf"):
+        convert(source, folder / to, to, 2 if to == "meta" else 1)
+    convert(source, folder / "q8", "gguf", dtype="q8_0")
+    convert(open_any(folder / "q8"), folder / "q8-meta", "meta")
+    return [(str(folder / name), None) for name in ("meta", "hf", "gguf", "q8", "q8-meta")]
+
+
+@torch.inference_mode()
+def assert_alike(models, found):
+    """Each format gave what transformers reads out of its own."""
+    tokenizer = Tokenizer(models[1][0])
+    reference = AutoModelForCausalLM.from_pretrained(models[1][0]).eval()
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        options = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+        new = reference.generate(ids, **options)[0, ids.shape[1] :].tolist()
+        expected.append([token for token in new if token not in tokenizer.stop_ids])
+    assert found[:3] == [expected] * 3
+    assert found[3] == found[4] != expected
+
+
+def test_every_format_gives_the_same_text_and_what_is_done_is_said(any_format, capsys):
+    found = programs.generated_tokens(any_format, PROMPTS)[:-1]
+    said = capsys.readouterr().err.splitlines()
+    assert_alike(any_format, found)
+    capsys.readouterr()
+    # of the folder of 2 shards, and of those of the other formats
+    assert [line.count("while loading") for line in said] == [1] * 4
+    assert re.search(r"0 MB of quantised .* 1 MB of float32; --dtype bfloat16 takes half", said[3])
+    command = shlex.split(said[3].split("that work next time: python ")[1])
+    assert command[0] == "convert_model.py"
+    assert run_script(*command).returncode == 0
+    saved = command[command.index("--out_dir") + 1]
+    again = programs.generated_tokens([(saved, None)], PROMPTS)
+    assert again[0] == found[3]
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("n", [2, 4])
-def test_greedy_on_ranks_equals_hugging_face(tmp_path, on_ranks, n):
+def test_greedy_on_ranks_equals_hugging_face(tmp_path, on_ranks, any_format, n):
     models = []
     for i, (kind, n_kv_heads) in enumerate(MODELS):
         path, vocab_size = TOKENIZERS[kind]
         ckpt_dir = make_ckpt(tmp_path / f"{i}", n, vocab_size=vocab_size, n_kv_heads=n_kv_heads)
         models.append((str(ckpt_dir), str(path)))
+    models = any_format + models
     *found, sampled = on_ranks(n, programs.generated_tokens, models=models, prompts=PROMPTS)
-    assert found == [of_hugging_face(*model) for model in MODELS]
+    assert_alike(any_format, found[: len(any_format)])
+    assert found[len(any_format) :] == [of_hugging_face(*model) for model in MODELS]
     alone = build(tmp_path / "one", *MODELS[-1]).generate(PROMPTS, **programs.SAMPLING)
     assert sampled == [output.token for output in alone]
 
@@ -220,8 +284,13 @@ def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks):
     size = {"dim": 1024, "n_layers": 3, "multiple_of": 256, "vocab_size": 32000}  # 416 MB
     one, two = (str(make_ckpt(tmp_path / f"{n}", n, **size)) for n in (1, 2))
     whole = sum(path.stat().st_size for path in (tmp_path / "1").glob("*.pth"))
-    mapped, half = on_ranks(2, programs.memory_to_load, folders=[two, one])
+    write_gguf(Checkpoint(one), tmp_path / "q8.gguf", "q8_0", {})
+    (tmp_path / "hf").mkdir()
+    write_hf(Checkpoint(one), tmp_path / "hf", torch.float32, None)
+    others = [str(tmp_path / name) for name in ("q8.gguf", "hf")]
+    mapped, half, *cut = on_ranks(2, programs.memory_to_load, folders=[two, one, *others])
     assert mapped < 150e6
+    assert max(cut) < whole / 2 + 60e6  # of no other weight more than some rows: one has 131 MB
     # Copied once where the cut takes rows apart.
     assert half < whole / 2 + 150e6
     assert programs.memory_to_load([two])[0] < whole + 150e6
@@ -243,7 +312,31 @@ def test_bad_requests_are_named(tmp_path, prompts, options, message):
         build(tmp_path).generate(prompts, **options)
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=512)
-    with pytest.raises(ValueError, match=r"a vocabulary of 32000, but the model .* has 512"):
-        LLaMA.build(ckpt_dir, TOKENIZERS["sentencepiece"][0])
+@pytest.mark.parametrize("vocab_size", [512, 31992, 32328])
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, vocab_size):
+    path, n_words = TOKENIZERS["sentencepiece"]
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=vocab_size, n_layers=1)
+    with pytest.raises(ValueError, match=f"of {n_words}, but the model .* has {vocab_size};"):
+        open_pair(ckpt_dir, path)
+
+
+def test_rows_without_a_token_become_no_text(tmp_path):
+    path, n_words = TOKENIZERS["sentencepiece"]
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=n_words + 256, n_layers=1)
+    _, tokenizer = open_pair(ckpt_dir, path)
+    hello = tokenizer.encode("Hello")
+    assert tokenizer.decode([*hello, n_words + 255]) == "Hello"
+    with pytest.raises(ValueError, match="outside this vocabulary"):
+        tokenizer.decode([n_words + 256])
+
+
+def test_the_checkpoints_own_tokenizer_and_ends_are_taken(tmp_path):
+    convert(tiny(small_files(), vocab_size=640), tmp_path / "hf", "hf")  # many more rows
+    edit_json(tmp_path / "hf/generation_config.json", eos_token_id=[7])
+    tokenizer = open_pair(tmp_path / "hf")[1]
+    assert (tokenizer.n_words, tokenizer.n_rows) == (320, 640)
+    assert tokenizer.stop_ids > {7}
+    for name in tokenizer.files:
+        (tmp_path / "hf" / name).unlink()
+    with pytest.raises(ValueError, match=r"hf: no tokenizer in it; give .*--tokenizer_path PATH$"):
+        open_pair(tmp_path / "hf")

@@ -19,8 +19,8 @@ GROUND = [
     "text_stream",
 ]
 CHECKPOINT = ["params", "weights", "manifest", "folder", "laid_out", "write", "hf"]
-CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "modelfile", "baked"]
-CHECKPOINT += ["convert", "embeds"]
+CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "formats", "modelfile"]
+CHECKPOINT += ["baked", "convert", "embeds"]
 GENERATION = ["sampling", "generation", "prompts", "chat", "terminal"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]

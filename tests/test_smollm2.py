@@ -6,8 +6,8 @@ import torch
 import transformers
 from conftest import package_file
 
-from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any
 from llama.checkpoint.write import write_checkpoint
 from llama.prompts import read_prompts
 from llama.tokenizer import Tokenizer

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CODE, cut_by_vocabulary, hashes_of, make_ckpt, make_params, small_params
+from formats import assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import random_source
@@ -24,6 +25,7 @@ from random_model import random_source
 import split_model
 from llama import files
 from llama.checkpoint.folder import Checkpoint, compare
+from llama.checkpoint.gguf import GGUFFile, write_gguf
 from llama.checkpoint.weights import valid_shard_counts
 from llama.checkpoint.write import plan, write_checkpoint
 from llama.model import ModelArgs
@@ -246,6 +248,24 @@ def test_split_model_plans_cuts_and_verifies(tmp_path, capsys):
         split_model.main(ckpt_dir, out_dir=other, verify=True)
 
 
+def test_split_model_takes_any_format(tmp_path, capsys):
+    path, said = tmp_path / "model.gguf", []
+    write_gguf(random_source(make_params(vocab_size=512, multiple_of=64)), path, "q8_0", {})
+    for flags in ({"n": 4, "dry_run": True}, {"n": 4, "verify": True}, {"verify": True}):
+        split_model.main(str(path), **flags)
+        said.append(capsys.readouterr())
+    table, cut, checked = (x.out for x in said)
+    assert "whole  in each of 1  of 4" in re.sub(" {3,}", "  ", table)
+    assert f"{path} and {tmp_path}/model_fs4: the same model, whole, cut in 1 and 4" in cut
+    assert "21 weights that fit together; a GGUF file has no hashes of them" in checked
+    growth = f"{path}: 0 MB of quantised weights become 1 MB of float32; --dtype bfloat16 takes"
+    assert [x.err.count(growth) for x in said] == [1, 1, 0]
+    assert_equal(Checkpoint(tmp_path / "model_fs4"), GGUFFile(path))
+    write_checkpoint(random_source(make_params(vocab_size=512, multiple_of=64)), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model\.gguf and .*other: different contents"):
+        split_model.main(str(path), out_dir=str(tmp_path / "other"), verify=True)
+
+
 def remove_params(folder):
     (folder / "params.json").unlink()
 
@@ -259,13 +279,13 @@ def put_code_into_a_shard(folder):
     ("options", "damage", "message"),
     [
         ({}, None, "--n is needed"),
-        ({"ckpt_dir": "none", "n": 2}, None, "none: no such checkpoint folder"),
+        ({"ckpt_dir": "none", "n": 2}, None, "none: no such file or folder; give a"),
         *(({"n": n}, None, "Valid n: 1, 2, 4, 8") for n in (0, 3, 5, 16)),
         ({"n": 2, "out_dir": "ckpt"}, None, "ckpt: already there and not empty"),
         ({"n": 2, "out_dir": "ckpt/new"}, None, "ckpt/new: inside ckpt"),
         ({"n": 2, "dtype": "int8"}, None, "--dtype must be one of"),
         ({"n": 2}, put_code_into_a_shard, "could run code"),
-        ({"n": 2}, remove_params, "convert_model.py"),
+        ({"n": 2}, remove_params, "copy the params.json here that came with them"),
     ],
 )
 def test_a_bad_folder_or_n_is_one_line_and_leaves_nothing(

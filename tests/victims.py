@@ -38,8 +38,8 @@ from safetensors.torch import load_file
 
 import ft_main
 from llama import LLaMA, cli, parallel
-from llama.checkpoint.convert import open_any
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.formats import open_any
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of

@@ -7,11 +7,10 @@ the prompt gives. The prompt comes before BOS, so the tokenizer adds none any mo
 import numpy as np
 import torch
 
-from llama.checkpoint.folder import whole_sha256
 from llama.checkpoint.gguf_tokenizer import CONTROL, UNUSED, tokenizer_files
 from llama.checkpoint.laid_out import in_dtype
 from llama.checkpoint.modelfile import render
-from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source, common_divisor
+from llama.checkpoint.weights import EMBEDDING, OUTPUT, Source, common_divisor, whole_sha256
 from llama.tokenizer import JSON_STOP_NAMES
 
 
@@ -29,9 +28,11 @@ class BakedSource(Source):
         vocab_size = -(-(args.vocab_size + len(prompt)) // common) * common
         self.vocabulary = with_prompt(vocabulary, len(prompt), vocab_size)
         params = source.params | {"vocab_size": vocab_size}
-        super().__init__(params, source.dtype, tokenizer_files(self.vocabulary, vocab_size))
+        files = tokenizer_files(self.vocabulary, vocab_size)
+        super().__init__(source.path, params, source.dtype, files)
         self.source = source
         self.has_hashes, self.stop_ids = source.has_hashes, source.stop_ids
+        self.quantised_bytes = source.quantised_bytes
         if source.has_hashes:  # of these nobody can check them with the new rows behind
             for name in (EMBEDDING, OUTPUT):
                 source.check_sha256(name, whole_sha256(source, name))

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format, and write it in any."""
+"""Write a checkpoint of any format in any other."""
 
 import math
 import os
@@ -7,45 +7,21 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.baked import BakedSource
-from llama.checkpoint.folder import Checkpoint, facts_of, hash_threads
-from llama.checkpoint.gguf import WRITTEN, GGUFFile, write_gguf
+from llama.checkpoint.folder import facts_of
+from llama.checkpoint.formats import open_any
+from llama.checkpoint.gguf import WRITTEN, write_gguf
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
-from llama.checkpoint.hf import CONFIG, HFFolder, write_hf
+from llama.checkpoint.hf import write_hf
 from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
-from llama.checkpoint.weights import Source, parse_dtype
-from llama.checkpoint.write import content_of, write_checkpoint, write_files
+from llama.checkpoint.weights import Source, hash_threads, parse_dtype
+from llama.checkpoint.write import write_checkpoint, write_files
 from llama.cli import byte_bar, say
-from llama.files import new_folder
+from llama.files import content_of, new_folder
 from llama.options import DTYPES
 from llama.tokenizer import Tokenizer
 
 TARGETS = {"meta": DTYPES, "hf": DTYPES, "gguf": tuple(WRITTEN), "prompt_embeds": ()}
-ACCEPTED = (
-    "give a .gguf file, a folder with one, a Hugging Face folder (config.json and safetensors) "
-    "or a folder in Meta's format (params.json)"
-)
-
-
-def open_any(path: str | Path) -> Source:
-    """Open a GGUF file or the folder of one, a Hugging Face folder, or one in Meta's format.
-
-    Raises FileNotFoundError if nothing is there, ValueError if it is none of these.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; {ACCEPTED}")
-    if path.is_file():
-        return GGUFFile(path)
-    if (path / CONFIG).is_file():
-        return HFFolder(path)
-    if (path / "params.json").is_file():
-        return Checkpoint(path)
-    inside = sorted(path.glob("*.gguf"))
-    if len(inside) != 1:
-        found = f"no config.json, no params.json and {len(inside)} .gguf files"
-        raise ValueError(f"{path}: {found} in it; {ACCEPTED}")
-    return GGUFFile(inside[0])
 
 
 def bake(source: Source, prompt: torch.Tensor, chat_template: str | None = None) -> BakedSource:
@@ -112,6 +88,9 @@ def convert(
     out_dir = Path(os.path.abspath(out_dir))
     if not source.has_tokenizer and to != "gguf":  # which cannot be without one
         say(f"{out_dir}: the model comes without a tokenizer: put its tokenizer there yourself")
+    if dtype is None and source.quantised_bytes:
+        names = source.shapes if to == "meta" else source.different_names
+        say(f"{source.path}: {source.growth(names)}")
     if to == "meta":
         prefix = "consolidated" if consolidated else "fs_consolidated"
         write_checkpoint(source, out_dir, n, parse_dtype(dtype), prefix)

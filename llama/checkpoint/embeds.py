@@ -1,16 +1,14 @@
 """Prompts as tensors of embeddings, for programs that take those: vLLM's prompt_embeds."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from llama.checkpoint.folder import whole_sha256
 from llama.checkpoint.laid_out import in_dtype
-from llama.checkpoint.weights import EMBEDDING, Source
+from llama.checkpoint.weights import EMBEDDING, Source, whole_sha256
 from llama.checkpoint.write import write_files
 from llama.files import naming_refusals, new_folder
 from llama.tokenizer import Tokenizer
@@ -31,9 +29,7 @@ def write_embeds(
         raise ValueError("give --prompts_file, your prompts, or --tuning_ckpt_path, or both")
     if source.has_hashes:
         source.check_sha256(EMBEDDING, whole_sha256(source, EMBEDDING))
-    with tempfile.TemporaryDirectory() as made:
-        write_files(Path(made), source.files)
-        tokenizer = Tokenizer(made)
+    tokenizer = Tokenizer(source.path, source.files)
     if tokenizer.n_words > source.args.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.n_words} tokens, the model {source.args.vocab_size}: "

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,13 +20,13 @@ from llama.checkpoint.weights import (
     Source,
     check_layers,
     check_shapes,
-    check_shard_count,
-    cut_of,
+    hash_threads,
     tokenizer_in,
     valid_shard_counts,
+    whole_sha256,
 )
-from llama.cli import byte_bar, counted, first_few, say, shown
-from llama.files import bytes_of, hash_of, load_plain, naming, read_json, sha256_of
+from llama.cli import byte_bar, counted, first_few, shown
+from llama.files import hash_of, load_plain, naming, read_json, sha256_of
 from llama.model import ModelArgs
 from llama.options import DTYPES
 
@@ -45,17 +44,17 @@ class Checkpoint(Source):
 
     def __init__(self, ckpt_dir: str | Path) -> None:
         # What the folder says of itself: params.json, the shards' names, the manifest.
-        self.dir = Path(ckpt_dir)
-        params = _read_params(self.dir)
-        with naming(self.dir / "params.json"):
+        self.path = Path(ckpt_dir)
+        params = _read_params(self.path)
+        with naming(self.path / "params.json"):
             args = ModelArgs.from_params(params)
-        self.paths = _find_shards(self.dir)
+        self.paths = _find_shards(self.path)
         self.n = len(self.paths)
         self._stats = [path.stat() for path in self.paths]
-        self.manifest = Manifest.read(self.dir)
+        self.manifest = Manifest.read(self.path)
         if self.manifest is not None:
-            self.manifest.check_files(self.dir, self.paths)
-            self.manifest.check_params(self.dir, args)
+            self.manifest.check_files(self.path, self.paths)
+            self.manifest.check_params(self.path, args)
 
         # What the first shard says. The others are opened when they are read.
         first = load_shard(self.paths[0])
@@ -69,13 +68,13 @@ class Checkpoint(Source):
         self.dtypes = {name: weight.dtype for name, weight in first.items()}
         # The one to which all can be widened without loss, where they differ.
         dtype = functools.reduce(torch.promote_types, self.dtypes.values())
-        super().__init__(params, dtype, tokenizer_in(self.dir))
+        super().__init__(self.path, params, dtype, tokenizer_in(self.path))
         self.has_hashes = self.manifest is not None
 
         # Whether the two agree.
         if self.n not in valid_shard_counts(self.args):
             raise ValueError(
-                f"{self.dir}: {counted(self.n, 'shard')}, but the model in params.json cuts into "
+                f"{self.path}: {counted(self.n, 'shard')}, but the model in params.json cuts into "
                 f"{', '.join(map(str, valid_shard_counts(self.args)))} alone; is a shard missing?"
             )
         # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
@@ -84,11 +83,11 @@ class Checkpoint(Source):
         self._check_shard(0, first)
         self._shards = {0: first}
         if self.manifest is not None:
-            self.manifest.check_model(self.dir, self.args, self.dtypes)
+            self.manifest.check_model(self.path, self.args, self.dtypes)
 
     def cut_here(self, name: str) -> Cut:
         """How this folder's shards cut the weight, which for an embedding may be Meta's way."""
-        cut = cut_of(name, self.args, self.n)
+        cut = super().cut_here(name)
         return dataclasses.replace(cut, dim=self._embedding_dim) if name == EMBEDDING else cut
 
     def shard(self, i: int) -> dict[str, torch.Tensor]:
@@ -133,28 +132,35 @@ class Checkpoint(Source):
                 found.append(weight.narrow(dim, low, high - low))
         return found[0] if len(found) == 1 else torch.cat(found, cut.dim)
 
-    def load(self, rank: int, n: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Give what rank of n ranks holds of each weight, contiguous, by the weight's name.
+    def part(self, name: str, rank: int, n: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What rank of n ranks holds of the weight, contiguous.
 
-        Each part is checked by the manifest before the first is given: by this rank or, where
-        shards are cut, by another of its machine. Raises ValueError for damage, and for an n into
-        which the model does not cut.
+        A view of the mapped file where one shard holds it so, and in the same dtype.
+        """
+        found = self.read(name, *self.range_of(name, rank, n))
+        return found.contiguous().to(dtype or self.dtype)
+
+    def check_share(self, rank: int, n: int) -> None:
+        """Raise ValueError where the parts that rank of n ranks reads are damaged by the manifest.
+
+        Where shards are cut, some are checked by the other ranks of the machine.
         """
         # A manifest means that we wrote the folder, so that rank r of n reads shard r of n alone.
         to_check = [(rank, name) for name in self.shapes]
         if self.n != n:
-            check_shard_count(self.args, n, f"{self.dir}: with {n} ranks running, it")
-            say(
-                f"{self.dir}: {counted(self.n, 'shard')}, cut for {counted(n, 'rank')} while "
-                "loading; to save that work: "
-                f"python split_model.py --ckpt_dir {self.dir} --n {n}"
-            )
             # Each rank reads of every shard: the ranks of a machine share the checking.
             everything = [(i, name) for i in range(self.n) for name in self.shapes]
             to_check = everything[parallel.local_share()]
         self._check_parts(to_check)
-        for name in self.shapes:
-            yield name, self.part(name, rank, n)
+
+    def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:
+        """What is done while loading that a folder cut beforehand saves; "" for nothing."""
+        if self.n == n:
+            return ""
+        return (
+            f"{counted(self.n, 'shard')}, cut for {counted(n, 'rank')} while loading; to save that "
+            f"work: python split_model.py --ckpt_dir {shlex.quote(str(self.path))} --n {n}"
+        )
 
     def _check_parts(self, parts: Iterable[tuple[int, str]]) -> None:
         """Raise ValueError if a shard's part of a weight is not what the manifest says."""
@@ -194,7 +200,7 @@ class Checkpoint(Source):
             return
         self._check_parts([(i, name) for i in range(self.n)])
         raise ValueError(
-            f"{self.dir / manifest.NAME}: contradicts itself: the shards' parts of {name} are as "
+            f"{self.path / manifest.NAME}: contradicts itself: the shards' parts of {name} are as "
             "it says, and the whole is not"
         )
 
@@ -242,13 +248,13 @@ class Checkpoint(Source):
 
     def _checklist_faults(self) -> list[str]:
         """What Meta's checklist.chk finds wrong with the files, where it lies in the folder."""
-        if not (self.dir / CHECKLIST).is_file():
+        if not (self.path / CHECKLIST).is_file():
             return []
-        text = (self.dir / CHECKLIST).read_text(encoding="utf-8", errors="replace")
+        text = (self.path / CHECKLIST).read_text(encoding="utf-8", errors="replace")
         listed = {}
         for line in filter(str.strip, text.splitlines()):
             md5, _, name = line.partition(" ")
-            listed[self.dir / Path(name.strip().removeprefix("*")).name] = md5.lower()
+            listed[self.path / Path(name.strip().removeprefix("*")).name] = md5.lower()
         unlisted = [path for path in self.paths if path not in listed]
         faults = [f"{path}: not listed in {CHECKLIST}" for path in unlisted]
         for path, md5 in listed.items():
@@ -261,7 +267,7 @@ class Checkpoint(Source):
     def what_was_verified(self) -> str:
         """Tell what a verify() that raised nothing has shown."""
         held = f"{counted(self.n, 'shard')} and {len(self.shapes)} weights"
-        by = [file for file in (manifest.NAME, CHECKLIST) if (self.dir / file).is_file()]
+        by = [file for file in (manifest.NAME, CHECKLIST) if (self.path / file).is_file()]
         if by:
             return f"whole: {held} as in {' and '.join(by)}"
         return (
@@ -270,28 +276,15 @@ class Checkpoint(Source):
         )
 
 
-def hash_threads() -> ThreadPoolExecutor:
-    """As many threads as torch uses, up to where they would wait for memory and disk alone."""
-    return ThreadPoolExecutor(min(torch.get_num_threads(), 8))
-
-
-def whole_sha256(source: Source, name: str, dtype: torch.dtype | None = None) -> str:
-    """The SHA-256 of a whole weight, its rows in order; or of what it becomes in another dtype."""
-    total = hashlib.sha256()
-    for _, block in source.blocks(name):
-        total.update(bytes_of(block.to(dtype or block.dtype)))
-    return total.hexdigest()
-
-
-def compare(a: Checkpoint, b: Checkpoint) -> None:
-    """Raise ValueError, naming what differs, unless two folders hold the same model, whole.
+def compare(a: Source, b: Checkpoint) -> None:
+    """Raise ValueError, naming what differs, unless two checkpoints hold the same model, whole.
 
     Where their dtypes differ, b must hold what a's weights become in b's.
     """
     facts_a, facts_b = facts_of(a.args), facts_of(b.args)
     differing = [key for key in facts_a if facts_a[key] != facts_b[key]]
     if differing:
-        raise ValueError(f"{a.dir} and {b.dir}: different models ({', '.join(differing)})")
+        raise ValueError(f"{a.path} and {b.path}: different models ({', '.join(differing)})")
     hashes_a, hashes_b = a.verify(), b.verify()
     hint = ""
     if a.dtypes != b.dtypes:
@@ -299,7 +292,9 @@ def compare(a: Checkpoint, b: Checkpoint) -> None:
         hint = f" ({a.dtype} and {b.dtype}: which was made from which?)"
     differing = [name for name in hashes_a if hashes_a[name] != hashes_b[name]]
     if differing:
-        raise ValueError(f"{a.dir} and {b.dir}: different contents of {first_few(differing)}{hint}")
+        raise ValueError(
+            f"{a.path} and {b.path}: different contents of {first_few(differing)}{hint}"
+        )
 
 
 def facts_of(args: ModelArgs) -> dict:
@@ -315,8 +310,8 @@ def _read_params(ckpt_dir: Path) -> dict:
         raise FileNotFoundError(f"{ckpt_dir}: no such checkpoint folder; see ckpts/README.md")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format. A Hugging Face "
-            f"folder or GGUF file becomes one by: python convert_model.py --from PATH --out_dir DIR"
+            f"{path}: not there, so {ckpt_dir} is no checkpoint in Meta's format; if it holds "
+            "shards (.pth), copy the params.json here that came with them"
         )
     return read_json(path, 1 << 20)
 

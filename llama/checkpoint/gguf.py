@@ -93,6 +93,8 @@ class GGUFFile(Source):
     against the file's length) and for models that Meta's format cannot express.
     """
 
+    form = "a GGUF file"
+
     def __init__(self, path: str | Path) -> None:
         with naming(Path(path)):
             self._data = np.asarray(np.memmap(path, mode="r"))  # ValueError for an empty file
@@ -113,7 +115,9 @@ class GGUFFile(Source):
             # Norms are float32 in every file.
             dtypes = [x.dtype for x in self._tensors.values() if len(x.shape) > 1]
             dtype = functools.reduce(torch.promote_types, dtypes)
-            super().__init__(params, dtype, tokenizer_files(meta, args.vocab_size))
+            super().__init__(path, params, dtype, tokenizer_files(meta, args.vocab_size))
+            if {x.kind for x in tensors.values()} - {GGMLQuantizationType.F32, *HALF_TYPES}:
+                self.quantised_bytes = sum(x.stop - x.start for x in tensors.values())
 
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
@@ -122,7 +126,11 @@ class GGUFFile(Source):
         tensor, span = self._tensors[name], slice(start, stop)
         if len(tensor.shape) == 1:  # one row in the file
             return self._rows(tensor)[0, span]
-        return self._rows(tensor)[:, span] if dim else self._rows(tensor, span)
+        return self._rows(tensor, columns=span) if dim else self._rows(tensor, span)
+
+    def block(self, name: str, start: int, stop: int, columns: slice) -> torch.Tensor:
+        """Rows start to stop of a matrix, of which only these columns are dequantised."""
+        return self._rows(self._tensors[name], slice(start, stop), columns)
 
     def as_stored(self, name: str, block: torch.Tensor) -> torch.Tensor:
         """What reading gives for rows of a weight that were written here."""
@@ -130,11 +138,18 @@ class GGUFFile(Source):
         packed = _packed(block, tensor.kind, name)
         return torch.tensor(dequantize(packed, tensor.kind)).to(tensor.dtype).view(block.shape)
 
-    def _rows(self, tensor: Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Rows of a tensor, of which only these are read and dequantised."""
+    def _rows(
+        self, tensor: Tensor, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> torch.Tensor:
+        """Some of a tensor's numbers; only the blocks that hold them are read and dequantised."""
         height = math.prod(tensor.shape[:-1])
-        raw = self._data[tensor.start : tensor.stop].reshape(height, -1)[rows]
-        return torch.tensor(dequantize(raw, tensor.kind)).to(tensor.dtype)
+        per_block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+        start, stop, _ = columns.indices(tensor.shape[-1])
+        first, last = start // per_block, -(-stop // per_block)
+        raw = self._data[tensor.start : tensor.stop].reshape(height, -1)
+        raw = raw[rows, first * block_bytes : last * block_bytes]
+        start, stop = start - first * per_block, stop - first * per_block
+        return torch.tensor(dequantize(raw, tensor.kind)[:, start:stop]).to(tensor.dtype)
 
 
 class _Cursor:
@@ -194,7 +209,7 @@ def read_header(data: memoryview) -> tuple[dict, dict[str, Tensor]]:
     """The metadata and the tensors' places, every size checked against the file's length."""
     cursor = _Cursor(data)
     if cursor.take(4) != b"GGUF":
-        raise ValueError("not a GGUF file")
+        raise ValueError("not a GGUF file; of a checkpoint of another format, give the folder")
     version = cursor.number("I")
     if version not in (2, 3):  # the same layout, little-endian
         raise ValueError(f"GGUF version {version} (big-endian?); versions 2 and 3 can be read")

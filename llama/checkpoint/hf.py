@@ -63,6 +63,8 @@ class HFFolder(Source):
     for missing, unexpected, misshapen or damaged weights.
     """
 
+    form = "a Hugging Face folder"
+
     def __init__(self, path: str | Path) -> None:
         folder = Path(path)
         config = read_json(folder / CONFIG)
@@ -79,7 +81,7 @@ class HFFolder(Source):
             types = {name: weight.get_dtype() for name, weight in self._slices.items()}
             check_values(types, dict.fromkeys(types, tuple(DTYPES)))
             dtype = functools.reduce(torch.promote_types, {DTYPES[x] for x in types.values()})
-            super().__init__(params, dtype, tokenizer_in(folder))
+            super().__init__(folder, params, dtype, tokenizer_in(folder))
             self.stop_ids = _stop_ids(folder, config, self.args.vocab_size)
             found = {name: tuple(weight.get_shape()) for name, weight in self._slices.items()}
             check_shapes(found, self.shapes)

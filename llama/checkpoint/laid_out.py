@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from llama.checkpoint.folder import hash_threads
-from llama.checkpoint.weights import Source
+from llama.checkpoint.weights import Source, hash_threads
 from llama.cli import byte_bar
 from llama.files import bytes_of, naming_refusals
 

@@ -1,8 +1,7 @@
 """Say in GGUF's words what a tokenizer is: the way back from gguf_tokenizer.py."""
 
+import json
 import reprlib
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -16,10 +15,8 @@ from llama.checkpoint.gguf_tokenizer import (
 )
 from llama.checkpoint.tokenizer_words import Vocabulary, read_vocabulary
 from llama.cli import say
-from llama.files import read_json
-from llama.tokenizer import CONFIG, TEMPLATE, Tokenizer
+from llama.tokenizer import CONFIG, NAMES, Tokenizer
 
-FILES = ("tokenizer.model", "tokenizer.json", CONFIG, TEMPLATE)
 # Tokens that end a turn where the file calls another one the end of a sequence.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 # Texts by which two tokenizers are told apart.
@@ -54,33 +51,23 @@ def vocabulary_of(files: dict[str, bytes], vocab_size: int) -> dict:
     the tokenizer rebuilt from the metadata gives one of many texts other ids than the files do.
     One difference passes, and is told on stderr: that of a Metaspace pre-tokenizer.
     """
-    if not files.keys() & {"tokenizer.model", "tokenizer.json"}:
+    name = next((name for name in NAMES if name in files), None)
+    if name is None:
         raise ValueError("no tokenizer.model or tokenizer.json; give those that the model has")
-    with TemporaryDirectory() as folder:
-        try:
-            original = _written(Path(folder, "a"), files)
-            config = read_json(Path(folder, "a", CONFIG)) if CONFIG in files else {}
-            found = read_vocabulary(files[original.model_path.name])
-            _fill(found, config, vocab_size)
-            meta = _metadata(found, config, original)
-            if original.chat_template is not None:
-                meta["tokenizer.chat_template"] = original.chat_template
-            rebuilt = _written(Path(folder, "b"), tokenizer_files(meta, vocab_size))
-            _check_same(original, rebuilt, found)
-        except Exception as error:  # whatever a damaged file leads to; its folder tells nobody much
-            reason = str(error).replace(f"{folder}/a/", "").replace(f"{folder}/b/", "rebuilt ")
-            raise ValueError(f"the tokenizer cannot be said in GGUF's words: {reason}") from error
+    try:
+        original, config = Tokenizer(name, files), json.loads(files.get(CONFIG, b"{}"))
+        found = read_vocabulary(files[name])
+        _fill(found, config, vocab_size)
+        meta = _metadata(found, config, original)
+        if original.chat_template is not None:
+            meta["tokenizer.chat_template"] = original.chat_template
+        rebuilt = Tokenizer(f"rebuilt {name}", tokenizer_files(meta, vocab_size))
+        _check_same(original, rebuilt, found)
+    except Exception as error:  # whatever a damaged file leads to
+        raise ValueError(f"the tokenizer cannot be said in GGUF's words: {error}") from error
     if not found.prefix_before_spaces:
         say("programs that read GGUF put one more space before texts that begin with a space")
     return meta
-
-
-def _written(folder: Path, files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer in these files, which it wants in a folder."""
-    folder.mkdir()
-    for name in set(FILES) & files.keys():
-        (folder / name).write_bytes(files[name])
-    return Tokenizer(folder)
 
 
 def _fill(found: Vocabulary, config: dict, vocab_size: int) -> None:

@@ -1,20 +1,25 @@
 """The table of weights: names in every format, shapes, cuts; and what every format is read as."""
 
 import functools
+import hashlib
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from llama.cli import first_few
+from llama.cli import first_few, say
+from llama.files import bytes_of
 from llama.model import ModelArgs
 from llama.options import check_dtype
 
 BLOCK_ROWS = 128  # a few MB at the most, on each of several threads
+BLOCK_NUMBERS = 1 << 20  # on one thread
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,12 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
+def default_out_dir(path: str | Path, n: int) -> Path:
+    """Where a checkpoint is cut to: beside it, under its name with _fs and n behind."""
+    path = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
+    return path.with_name(f"{path.name.removesuffix('.gguf')}_fs{n}")
+
+
 def tokenizer_in(folder: Path) -> dict[str, Path]:
     """The tokenizer files of a folder, by name: they go along with its weights."""
     found = [*folder.glob("tokenizer*"), folder / "chat_template.jinja"]
@@ -183,19 +194,28 @@ def tokenizer_in(folder: Path) -> dict[str, Path]:
 class Source:
     """A checkpoint in any format, of which any rows or columns of any weight can be read.
 
-    params: as in Meta's params.json. args: the same, checked. shapes: of each weight, by Meta's
-    names. dtype: the one that holds every weight without loss. files: what goes along beside the
-    weights, the tokenizer above all: content, or where it is to be copied from.
+    path: what the user gave, for messages. params: as in Meta's params.json. args: the same,
+    checked. shapes: of each weight, by Meta's names. dtype: the one that holds every weight without
+    loss. files: what goes along beside the weights, the tokenizer above all: content, or where it
+    is to be copied from. n: how many shards it lies in.
     """
 
+    form, n = "weights", 1
+
     def __init__(
-        self, params: dict, dtype: torch.dtype, files: dict[str, bytes | Path] | None = None
+        self,
+        path: str | Path,
+        params: dict,
+        dtype: torch.dtype,
+        files: dict[str, bytes | Path] | None = None,
     ) -> None:
+        self.path = Path(path)
         self.params = params
         self.args = ModelArgs.from_params(params)
         self.shapes = weight_shapes(self.args)
         self.stop_ids: frozenset[int] = frozenset()  # that a format's own configuration names
         self.has_hashes = False  # whether check_sha256() knows any
+        self.quantised_bytes = 0  # of all weights, where some have less than 16 bits
         self.dtype = dtype
         self.files = files or {}
 
@@ -230,6 +250,10 @@ class Source:
         """Whether a tokenizer goes along."""
         return bool(self.files.keys() & {"tokenizer.model", "tokenizer.json"})
 
+    def cut_here(self, name: str) -> Cut:
+        """How the weight lies in the shards of this checkpoint."""
+        return cut_of(name, self.args, self.n)
+
     def check_unchanged(self) -> None:
         """Raise ValueError if files were written into meanwhile. By default nobody looks."""
 
@@ -237,12 +261,105 @@ class Source:
         """What reading gives for rows of a weight that were written here."""
         return block.to(self.read(name, 0, 0, 1).dtype)
 
-    def part(self, name: str, rank: int, n: int) -> torch.Tensor:
-        """What rank of n ranks holds of the weight, contiguous."""
+    def load(
+        self, rank: int, n: int, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Give what rank of n ranks holds of each weight, contiguous, by the weight's name.
+
+        In a dtype, by default this one's own. Raises ValueError, before the first is given, for
+        damage that hashes show, and for an n into which the model does not cut.
+        """
+        check_shard_count(self.args, n, f"{self.path}: with {n} ranks running, it")
+        if work := self.work_to_save(n, dtype):
+            say(f"{self.path}: {work}")
+        self.check_share(rank, n)
+        for name in self.shapes:
+            yield name, self.part(name, rank, n, dtype)
+
+    def part(self, name: str, rank: int, n: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What rank of n ranks holds of the weight, contiguous, put together from blocks of rows.
+
+        So no more of the weight than a block is ever in memory as it is read.
+        """
+        dim, start, stop = self.range_of(name, rank, n)
+        shape = cut_of(name, self.args, n).shape(self.shapes[name])
+        if len(shape) == 1:  # a norm, whole
+            return self.read(name).to(dtype or self.dtype)
+        part = torch.empty(shape, dtype=dtype or self.dtype)
+        columns = slice(start, stop) if dim else slice(None)
+        first, size = 0 if dim else start, -(-BLOCK_NUMBERS // shape[1])
+        for low in range(0, len(part), size):
+            high = min(low + size, len(part))
+            part[low:high] = self.block(name, first + low, first + high, columns)
+        return part
+
+    def range_of(self, name: str, rank: int, n: int) -> tuple[int, int, int]:
+        """What rank of n ranks holds of the weight: rows (0) or columns (1), from and to which."""
         cut = cut_of(name, self.args, n)
         size = self.shapes[name][cut.dim] // cut.parts
         start = cut.part_in(rank) * size
-        return self.read(name, cut.dim, start, start + size).contiguous()
+        return cut.dim, start, start + size
+
+    def block(self, name: str, start: int, stop: int, columns: slice) -> torch.Tensor:
+        """Some columns of rows start to stop of a matrix."""
+        return self.read(name, 0, start, stop)[:, columns]
+
+    def check_share(self, rank: int, n: int) -> None:
+        """Raise ValueError where what rank of n ranks reads is damaged. By default nobody knows."""
+
+    def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:
+        """What is done while loading, and the command that saves it next time; "" for nothing."""
+        cut = f" and cut for {n} ranks" * (n > 1)
+        growth = self.growth(self.shapes, dtype)
+        command = ["python", "convert_model.py", "--from", str(self.path)]
+        command += ["--out_dir", str(default_out_dir(self.path, n)), "--n", str(n)]
+        command += ["--dtype", str(dtype).removeprefix("torch.")] if dtype else []
+        return (
+            f"{self.form}, converted{cut} while loading{f' ({growth})' if growth else ''}; to save "
+            f"that work next time: {shlex.join(command)}"
+        )
+
+    def growth(self, names: Iterable[str], dtype: torch.dtype | None = None) -> str:
+        """How large quantised weights become in a dtype; "" where they are not quantised."""
+        if not self.quantised_bytes:
+            return ""
+        n_numbers = sum(math.prod(self.shapes[name]) for name in names)
+        size, half = n_numbers * (dtype or self.dtype).itemsize, "; --dtype bfloat16 takes half"
+        return (
+            f"{self.quantised_bytes / 1e6:,.0f} MB of quantised weights become {size / 1e6:,.0f} "
+            f"MB of {str(dtype or self.dtype).removeprefix('torch.')}{'' if dtype else half}"
+        )
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype as which each weight is read."""
+        return {name: self.read(name, 0, 0, 1).dtype for name in self.shapes}
+
+    def verify(self) -> dict[str, str]:
+        """Read every weight; return the SHA-256 of each."""
+        with hash_threads() as pool:
+            hashes = pool.map(functools.partial(whole_sha256, self), self.shapes)
+            return dict(zip(self.shapes, hashes))
+
+    def what_was_verified(self) -> str:
+        """Tell what a verify() that raised nothing has shown."""
+        return (
+            f"{len(self.shapes)} weights that fit together; {self.form} has no hashes of them, so "
+            "nothing tells whether the numbers are the right ones"
+        )
 
     def check_sha256(self, name: str, sha256: str) -> None:
         """Raise ValueError if this is not the whole weight's SHA-256. By default none is known."""
+
+
+def hash_threads() -> ThreadPoolExecutor:
+    """As many threads as torch uses, up to where they would wait for memory and disk alone."""
+    return ThreadPoolExecutor(min(torch.get_num_threads(), 8))
+
+
+def whole_sha256(source: Source, name: str, dtype: torch.dtype | None = None) -> str:
+    """The SHA-256 of a whole weight, its rows in order; or of what it becomes in another dtype."""
+    total = hashlib.sha256()
+    for _, block in source.blocks(name):
+        total.update(bytes_of(block.to(dtype or block.dtype)))
+    return total.hexdigest()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.folder import Checkpoint, shard_name
+from llama.checkpoint.folder import shard_name
 from llama.checkpoint.laid_out import LaidOutFile, check_space, in_dtype, write_weights
 from llama.checkpoint.manifest import Manifest, describe_file, describe_weights
 from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
 from llama.cli import counted
-from llama.files import bytes_of, naming_refusals, new_folder, write_json
+from llama.files import bytes_of, content_of, naming_refusals, new_folder, write_json
 
 
 def write_checkpoint(
@@ -53,11 +53,6 @@ def write_files(folder: Path, files: dict[str, bytes | Path]) -> None:
         data = content_of(content)
         with naming_refusals(folder / name):
             (folder / name).write_bytes(data)
-
-
-def content_of(file: bytes | Path) -> bytes:
-    """The content of a file that goes along with a model, which may be elsewhere still."""
-    return file.read_bytes() if isinstance(file, Path) else file
 
 
 def _write_shards(
@@ -150,11 +145,11 @@ def _lay_out(source: Source, paths: list[Path], dtype: torch.dtype) -> list[Laid
 
 
 def plan(
-    ckpt: Checkpoint, n: int, dtype: torch.dtype | None, max_seq_len: int, max_batch_size: int
+    ckpt: Source, n: int, dtype: torch.dtype | None, max_seq_len: int, max_batch_size: int
 ) -> str:
     """A table of what cutting into n would write, and of what each rank then needs to run."""
     args, dtype = ckpt.args, dtype or ckpt.dtype
-    check_shard_count(args, n, str(ckpt.dir))
+    check_shard_count(args, n, str(ckpt.path))
     kinds: dict[str, list[str]] = {}
     for name in ckpt.shapes:
         kinds.setdefault(kind_of(name).meta, []).append(name)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama import cli
+from llama.checkpoint.folder import facts_of
 from llama.checkpoint.weights import Source
 from llama.files import (
     load_plain,
@@ -102,7 +103,7 @@ def base_model_facts(model: Transformer | Source) -> dict:
         norms = [block.ffn_norm.weight for block in model.layers] + [model.norm.weight]
     content = torch.stack([norm.float().cpu() for norm in norms])
     facts = {"dtype": str(norms[0].dtype), "norms_sha256": sha256_of(content)}
-    return vars(model.args) | facts
+    return facts_of(model.args) | facts
 
 
 def warn_of_another_model(path: str | Path, model: Transformer | Source) -> None:
@@ -113,8 +114,7 @@ def warn_of_another_model(path: str | Path, model: Transformer | Source) -> None
     before, now = read_json(base), base_model_facts(model)
     if before.get("dtype") != now["dtype"]:  # a model in another dtype is still the same model
         del now["dtype"], now["norms_sha256"]
-    known = {key: value for key, value in now.items() if key in before}  # older ones have fewer
-    if changed := differing(before, known):
+    if changed := differing(before, now):
         cli.say(f"{path}: was trained on another model (it differs in {changed})")
 
 
@@ -125,8 +125,8 @@ def chat_template_beside(path: str | Path) -> str | None:
 
 
 def differing(before: dict, now: dict) -> str:
-    """Name the keys whose values are not what they were."""
-    return ", ".join(key for key in now if before.get(key) != now[key])
+    """Name the keys whose values are not what they were; files of before may have fewer."""
+    return ", ".join(key for key in now if key in before and before[key] != now[key])
 
 
 def _beside(path: Path, name: str) -> Path:

@@ -29,10 +29,12 @@ class TuningOptions:
     """Train a soft prompt on instructions; the model itself, split over the ranks, stays as it is.
 
     Args:
-        ckpt_dir: folder with params.json and shards, best one a rank (see split_model.py).
-        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in.
+        ckpt_dir: a folder in Meta's format, best with one shard a rank (see split_model.py), a
+            Hugging Face folder, or a .gguf file; the last two are converted while loading.
         dataset_path: JSON or JSON lines: instruction, output, and perhaps input.
         output_dir: a new folder for the adapter, its checkpoints, the losses and their picture.
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in; by
+            default what ckpt_dir holds.
         init_prompt: text whose embeddings the prompt starts from; "" starts at random ones.
         num_virtual_tokens: length of the prompt.
         num_epochs: passes over the data.
@@ -57,9 +59,9 @@ class TuningOptions:
     """
 
     ckpt_dir: str
-    tokenizer_path: str
     dataset_path: str
     output_dir: str
+    tokenizer_path: str | None = None
     init_prompt: str = ALPACA_PREAMBLE
     num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
     num_epochs: float = 3.0
