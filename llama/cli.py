@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,8 +45,7 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     try:
         _run(main, options)
     except KeyboardInterrupt:  # at any moment: torch alone takes seconds to import
-        say("interrupted")
-        os._exit(130)
+        _fail("interrupted", wait=False, speak=_RANK == 0, code=130)
 
 
 def _run(main: Callable[..., None], options: type | None) -> None:
@@ -96,15 +95,17 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str, wait: bool, speak: bool) -> NoReturn:
-    """End with exit code 1, after waiting for a rank that speaks, or saying why, or both."""
+def _fail(message: str, wait: bool, speak: bool, code: int = 1) -> NoReturn:
+    """End with an exit code, after waiting for a rank that speaks, or saying why, or both."""
     if wait:
         time.sleep(SILENT_EXIT_DELAY)
     if speak:
-        print(message, file=sys.stderr, flush=True)
+        # Over a bar that is half drawn, which may be another rank's.
+        clear_line = "\r\x1b[2K" if sys.stderr.isatty() else ""
+        print(clear_line + message, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()
-    os._exit(1)  # not sys.exit: the process group's threads may wait for ranks that are gone
+    os._exit(code)  # not sys.exit: the process group's threads may wait for ranks that are gone
 
 
 def parse_flags(main: Callable[..., None]) -> dict:
@@ -181,7 +182,8 @@ def check_at_least(smallest: int, **values: float) -> None:
 def say(message: str) -> None:
     """Tell the user something that is not a result: on stderr, by rank 0 alone."""
     if _RANK == 0:
-        print(shown(message, 2000, ending=500), file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(sys.stderr):  # above the bar, where there is one
+            print(shown(message, 2000, ending=500), file=sys.stderr, flush=True)
 
 
 def show_bars() -> bool:
@@ -189,9 +191,31 @@ def show_bars() -> bool:
     return _RANK == 0 and sys.stderr.isatty()
 
 
-def byte_bar(total: int) -> tqdm:
-    """A bar of bytes done, where bars belong."""
-    return tqdm(total=total, unit="B", unit_scale=True, disable=not show_bars())
+def progress_bar(
+    what: str,
+    total: int | None = None,
+    unit: str = "B",
+    done: int = 0,
+    items: Iterable | None = None,
+) -> tqdm:
+    """A bar of the work that is done, with rate and time left, where bars belong.
+
+    Call its update(), or go through it for items. It is taken away when the work ends.
+    """
+    size = None
+    with contextlib.suppress(OSError, ValueError):  # where there is no terminal
+        size = os.get_terminal_size(sys.stderr.fileno())
+    # One that does not know its size, as in containers: tqdm would draw nothing.
+    fit = {"ncols": 80, "nrows": 24} if size == (0, 0) else {"dynamic_ncols": True}
+    return tqdm(
+        *(items, what, total),
+        unit=unit,
+        unit_scale=unit == "B",
+        initial=done,
+        leave=False,
+        disable=not show_bars(),
+        **fit,
+    )
 
 
 def counted(n: int, noun: str) -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from llama import parallel
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.weights import parse_dtype
-from llama.cli import check_at_least, end_with_torchrun, shown
+from llama.cli import check_at_least, end_with_torchrun, progress_bar, shown
 from llama.model import KVCache, Transformer
 from llama.options import check_sampling
 from llama.tokenizer import Tokenizer
@@ -227,7 +227,8 @@ def load_model(
     """
     dtype = dtype or ckpt.dtype
     parts = ckpt.load(parallel.rank(), parallel.world_size())
-    weights = {name: part.to(device, dtype) for name, part in parts}
+    bar = progress_bar("loading", len(ckpt.shapes), "weight", items=parts)
+    weights = {name: part.to(device, dtype) for name, part in bar}
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

@@ -15,7 +15,7 @@ from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.checkpoint.write import content_of, write_checkpoint, write_files
-from llama.cli import byte_bar, say
+from llama.cli import progress_bar, say
 from llama.files import new_folder
 from llama.options import DTYPES
 from llama.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def verify_written(source: Source, out_dir: str | Path) -> None:
         )
 
     total = sum(math.prod(shape) for shape in source.shapes.values()) * source.dtype.itemsize
-    with hash_threads() as pool, byte_bar(total) as bar:
+    with hash_threads() as pool, progress_bar("verifying", total) as bar:
         for name, wrong in zip(source.shapes, pool.map(differs, source.shapes)):
             if wrong:
                 raise ValueError(f"{out_dir}: {name} is not what was written; write it again")

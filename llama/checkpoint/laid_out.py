@@ -14,7 +14,7 @@ import torch
 
 from llama.checkpoint.folder import hash_threads
 from llama.checkpoint.weights import Source
-from llama.cli import byte_bar
+from llama.cli import progress_bar
 from llama.files import bytes_of, naming_refusals
 
 T = TypeVar("T")
@@ -71,7 +71,8 @@ def write_weights(
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.enter_context(file)
-        bar = stack.enter_context(byte_bar(sum(size.values()) * source.dtype.itemsize))
+        total = sum(size.values()) * source.dtype.itemsize
+        bar = stack.enter_context(progress_bar("writing", total))
         pool = stack.enter_context(hash_threads())
         # What map gives is not kept: when one weight fails, those not yet begun are left out.
         for name, result in zip(names, pool.map(write, names)):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 from pathlib import Path
 
 import peft
@@ -123,7 +122,7 @@ class PromptTrainer(transformers.Trainer):
                 )
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
-        with tqdm(total=steps, initial=done, unit="step", disable=not cli.show_bars()) as bar:
+        with cli.progress_bar("tuning", steps, "step", done) as bar:
             self.add_callback(Progress(soft_prompt_of(self.model), bar))
             if done < steps:
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -238,6 +237,7 @@ class Progress(transformers.TrainerCallback):
 
     def __init__(self, prompt: torch.nn.Parameter, bar: tqdm) -> None:
         self.prompt, self.bar = prompt, bar
+        self.evaluating: tqdm | None = None  # a bar below the other
 
     def on_train_begin(self, args, state, control, **_: object) -> None:
         # The state of a resumed run holds how often it logged, evaluated and saved: not this one's.
@@ -251,10 +251,20 @@ class Progress(transformers.TrainerCallback):
                 "take --dtype bfloat16 or float32, or check the model: split_model.py --verify"
             )
 
+    def on_prediction_step(self, args, state, control, eval_dataloader, **_: object) -> None:
+        if self.evaluating is None:
+            self.evaluating = cli.progress_bar("evaluating", len(eval_dataloader), "batch")
+        self.evaluating.update()
+
+    def on_evaluate(self, args, state, control, **_: object) -> None:
+        if self.evaluating is not None:
+            self.evaluating.close()
+            self.evaluating = None
+        self.bar.unpause()  # the time of an evaluation is no step's
+
     def on_log(self, args, state, control, logs: dict[str, float], **_: object) -> None:
         facts = ", ".join(f"{key} {value:.4g}" for key, value in logs.items() if key != "epoch")
-        with tqdm.external_write_mode(sys.stderr):  # above the bar, where there is one
-            cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
+        cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
 
 
 def check_unused(output_dir: Path) -> None:
