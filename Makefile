@@ -9,7 +9,12 @@ MINUTES ?= 20
 QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --max_gen_len 80
 BAKED := saved/short_answers_gguf
 
-.PHONY: install demo demo-ft demo-anywhere test fuzz faults test-oldest lint clean
+.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest lint clean
+
+# show these lines
+help:
+	@awk '/^# / { said = substr($$0, 3); next } \
+		/^[a-z-]+:/ && said { sub(":.*", ""); printf "make %-14s %s\n", $$0, said } { said = "" }' Makefile
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -53,7 +58,7 @@ $(DEMO)/params.json: | $(VENV)/installed
 $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
 
-# lint, then all tests, on the CPU and offline, two files at a time
+# lint, then run all tests, on the CPU and offline, two files at a time
 test: lint
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -72,9 +77,11 @@ test-oldest: $(VENV)/installed
 	OLDEST_TORCH_PYTHON=.venv-oldest/bin/python $(VENV)/bin/python -m pytest -s \
 		tests/test_write.py -k plain_torch
 
+# style
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# remove what these commands made
 clean:
 	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 saved/short_answers $(BAKED)
