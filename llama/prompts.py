@@ -9,7 +9,7 @@ from llama.files import check_text, parse_json, read_lines
 from llama.generation import LLaMA, Output, Timing
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
-EXAMPLES = Path(__file__).parents[1] / "datasets" / "example_prompts.jsonl"
+EXAMPLES = Path(__file__).with_name("example_prompts.jsonl")
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -17,16 +17,16 @@ def read_prompts(path: str | None) -> list[str]:
 
     None reads the example prompts. Raises FileNotFoundError, and ValueError with the line's number.
     """
-    path = EXAMPLES if path is None else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompts file")
+    file = EXAMPLES if path is None else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such prompts file")
     prompts = []
-    for where, line in read_lines(path):
-        prompt = parse_json(where, line) if path.suffix == ".jsonl" else line
+    for where, line in read_lines(file):
+        prompt = parse_json(where, line) if file.suffix == ".jsonl" else line
         prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         prompts.append(check_text(where, "prompt", prompt))
     if not prompts:
-        raise ValueError(f"{path}: no prompts in it; write one a line")
+        raise ValueError(f"{file}: no prompts in it; write one a line")
     return prompts
 
 
