@@ -1,5 +1,6 @@
 """What the scripts can be told: one dataclass a command line, checked when made, without torch."""
 
+import inspect
 from dataclasses import dataclass
 
 from llama.cli import check_at_least
@@ -50,9 +51,9 @@ class TunedGenerationOptions(GenerationOptions):
     tuning_ckpt_path: str
 
     __doc__ = (
-        f"{GenerationOptions.__doc__.rstrip()}\n"
-        "        tuning_ckpt_path: what ft_main.py or PEFT saved, to go before every prompt: a\n"
-        "            folder, or a .safetensors, .bin or .pth file.\n    "
+        inspect.cleandoc(GenerationOptions.__doc__ or "")  # Python 3.13 has it without indentation
+        + "\n    tuning_ckpt_path: what ft_main.py or PEFT saved, to go before every prompt: a\n"
+        "        folder, or a .safetensors, .bin or .pth file.\n"
     )
 
 
