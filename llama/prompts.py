@@ -147,7 +147,7 @@ def _make_ready(
     else:
         request.text, request.prompt = text, text
     try:
-        generator.check_fits(request.prompt)
+        generator.check_fits(request.prompt, flags.max_gen_len)
     except ValueError as error:
         say(f"left out: {_name(request)} {error}")
         if flags.json:
