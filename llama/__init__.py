@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama.chat import Chat
-    from llama.generation import LLaMA, Output
+    from llama.generation import LLaMA
     from llama.model import ModelArgs, Transformer
     from llama.options import SamplingParams
+    from llama.output import Output
     from llama.template import ChatTemplate
     from llama.tokenizer import Tokenizer
 
@@ -16,7 +17,7 @@ _HOMES = {
     "Chat": "llama.chat",
     "ChatTemplate": "llama.template",
     "LLaMA": "llama.generation",
-    "Output": "llama.generation",
+    "Output": "llama.output",
     "ModelArgs": "llama.model",
     "SamplingParams": "llama.options",
     "Transformer": "llama.model",

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama.generation import LLaMA, Output, PromptCache, Stream
+from llama.cli import mended
+from llama.generation import LLaMA, PromptCache
 from llama.options import SamplingParams
+from llama.output import Output, Stream
 from llama.template import ChatTemplate
 
 
@@ -25,7 +27,7 @@ class Chat:
     ) -> None:
         self.generator, self.params = generator, SamplingParams(**params)
         self.template = template or ChatTemplate.of(generator.tokenizer)
-        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.system = [] if system is None else [{"role": "system", "content": mended(system)}]
         self.cache = PromptCache(generator)
         self.output = Output()  # of the last answer
         self.reset()

@@ -45,6 +45,9 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
     """
     end_with_torchrun()
     signal.signal(signal.SIGINT, _interrupt)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - to the end
+    if sys.stdout is None:
+        _fail("error: stdout is closed: give results a place to go", wait=False, speak=True)
     try:
         _run(main, options)
     except KeyboardInterrupt:  # at any moment: torch alone takes seconds to import
@@ -265,6 +268,14 @@ def first_few(items: Sequence[str], sep: str = ", ", longest: int = 200) -> str:
     return sep.join(shown(item, longest) for item in items[:4]) + more
 
 
+def mended(text: str) -> str:
+    """A text with U+FFFD for halves of surrogate pairs, which are no characters.
+
+    They come from cut JSON escapes, and from bytes on the command line that are no UTF-8.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def shown(text: str, longest: int = 200, ending: int = 0) -> str:
     """A text that may be a file's, fit for a message: one line, no terminal codes, not too long.
 
@@ -306,6 +317,21 @@ def _end_when_time_is_up() -> None:
     from llama import parallel
 
     _fail(f"error: {_deadline[1]}", *parallel.how_to_fail())
+
+
+@contextlib.contextmanager
+def memory_limit(n_bytes: int) -> Iterator[None]:
+    """Make a MemoryError of what asks for so much more memory than the process has (on Linux)."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError, ValueError):  # where there is no such file, or a lower limit
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class MemoryWatch(threading.Thread):

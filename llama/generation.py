@@ -14,74 +14,24 @@ from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
 from llama.model import KVCache, Transformer
-from llama.options import SamplingParams
+from llama.options import SamplingParams, check_max_seq_len
+from llama.output import Output, Prompt, Row, Stream, Timing
 from llama.sampling import BROKEN, INTERRUPTED, Sampler
 from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]  # a text, or token ids, taken as they are
 LONGEST_CONTEXT = 4096  # taken where nobody says how long it is to be
 ECHO_ROWS = 128  # positions of a prompt whose logits are in memory at once
-
-
-@dataclass
-class Timing:
-    """What loading and generating have taken so far on this rank."""
-
-    load_seconds: float = 0.0
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    generated_tokens: int = 0
-    generated_seconds: float = 0.0
-
-
-@dataclass
-class Output:
-    """What was generated after one prompt: the continuation alone.
-
-    Log-probabilities are those of the model itself, before any option of sampling, in nats.
-    """
-
-    text: str = ""  # without the stop string that ended it
-    token: list[int] = field(default_factory=list)  # without the id that ended it
-    finish_reason: str = "length"  # or stop (an id or a string), or interrupted
-    logprobs: list[float] | None = None  # of each token
-    top_logprobs: list[dict[int, float]] | None = None  # of the likeliest ids in its place
-    prompt_logprobs: list[float | None] | None = None  # of each id of the prompt; None: no context
-    timing: Timing = field(default_factory=Timing, compare=False)  # its own
-
-
-@dataclass
-class Stream(Iterator[str]):
-    """Pieces of a continuation as they come, of whole characters. Read them on every rank alike."""
-
-    output: Output  # what has come so far
-    pieces: Iterator[str]
-
-    def __next__(self) -> str:
-        return next(self.pieces)
-
-
-@dataclass
-class Row:
-    """A prompt of a batch, and its continuation while it grows."""
-
-    name: str  # for messages
-    ids: list[int]
-    limit: int  # of new tokens
-    text: TextStream
-    output: Output
-    done: bool = False
-    logprobs: list[float] = field(default_factory=list)  # for the output, where asked for
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
 class PromptCache:
     """Keys and values of a text that grows by turns, so that each is read once."""
 
     def __init__(self, llama: "LLaMA") -> None:
-        self.kv = KVCache(llama.model, 1, llama.max_seq_len)
+        self.max_seq_len = llama.max_seq_len
+        self.kv = KVCache(llama.model, 1, self.max_seq_len)
         self.soft_prompt: torch.Tensor | None = None
+        self.n_streams = 0  # that have used it: only the last may go on
         self.ids: list[int] = []  # what it holds, behind the tuned prompt
 
     def keep(self, ids: list[int], soft_prompt: torch.Tensor | None) -> int:
@@ -89,6 +39,7 @@ class PromptCache:
 
         The last one is read in any case: what comes after it is wanted.
         """
+        self.n_streams += 1
         if soft_prompt is not self.soft_prompt:
             self.ids, self.soft_prompt = [], soft_prompt
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1]))
@@ -128,13 +79,13 @@ class LLaMA:
         began = time.perf_counter()
         wanted = parse_dtype(dtype)
         check_at_least(1, max_batch_size=max_batch_size)
+        check_max_seq_len(max_seq_len)
         end_with_torchrun()
         device = parallel.setup()
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
         made_for = ckpt.args.context_len or LONGEST_CONTEXT
         if max_seq_len is None:
             max_seq_len = min(made_for, LONGEST_CONTEXT)
-        check_at_least(1, max_seq_len=max_seq_len)
         if ckpt.args.context_len and max_seq_len > made_for:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
         model = load_model(ckpt, device, wanted)
@@ -182,6 +133,8 @@ class LLaMA:
         made = SamplingParams.of(*args, **params)
         if made.n != 1 or (made.echo and cache):
             raise ValueError("a stream has one continuation, and no echo where it keeps a cache")
+        if cache is not None and self.max_seq_len > cache.max_seq_len:
+            raise ValueError("max_seq_len was raised since this cache was made: make another")
         row, sampler = self._row(prompt, "the prompt", made), self._sampler(made, interrupted)
         return Stream(row.output, (piece for _, piece in self._continue([row], sampler, cache)))
 
@@ -198,7 +151,11 @@ class LLaMA:
         return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, list | tuple) or not all(type(i) is int for i in prompt):
+            raise ValueError(f"a prompt is a text or a list of token ids, not {prompt!r:.80}")
+        return list(prompt)
 
     def _row(self, prompt: Prompt, name: str, params: SamplingParams) -> Row:
         """A prompt made ready; ValueError, naming it, for one that cannot be continued."""
@@ -260,6 +217,7 @@ class LLaMA:
             kv = KVCache(self.model, len(rows), longest)
         else:
             kv, kept = cache.kv, cache.keep(rows[0].ids, self.soft_prompt)
+            turn = cache.n_streams
         began = parallel.now()
         logits = self._prefill(rows, kv, kept, sampler.params.echo)
         prefilled = parallel.now()
@@ -287,6 +245,8 @@ class LLaMA:
                             yield row, piece
                 if all(row.done for row in rows):
                     break
+                if cache is not None and cache.n_streams != turn:
+                    raise ValueError("another stream uses this cache: give each its own")
                 logits = self._decode_one_token(next_ids, lengths, kv)
                 if cache is not None:
                     cache.ids = rows[0].ids + rows[0].output.token

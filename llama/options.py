@@ -41,8 +41,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("max_gen_len", "top_k", "n", "logprobs", "seed"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
-                raise ValueError(f"--{name} must be a whole number, not {value!r}")
+            if value is not None and (type(value) is not int or value > 2**32):
+                raise ValueError(f"--{name} must be a whole number, and no endless one: {value!r}")
         check_at_least(0 if self.echo else 1, max_gen_len=self.max_gen_len)
         check_at_least(0, top_k=self.top_k)
         check_at_least(1, n=self.n)
@@ -54,15 +54,16 @@ class SamplingParams:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"--min_p must be from 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(
-                f"--repetition_penalty must be above 0 (1 changes nothing), not "
+                "--repetition_penalty must be from 0.01 to 100 (1 changes nothing), not "
                 f"{self.repetition_penalty}"
             )
         # torch's generator on a CPU takes no more
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be from 0 to 2**32 - 1, not {self.seed}")
-        if isinstance(self.stop, str) or not all(isinstance(x, str) and x for x in self.stop):
+        texts = self.stop if isinstance(self.stop, list | tuple) else [None]
+        if not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"--stop must be strings of at least one character, not {self.stop!r}")
 
 
@@ -123,8 +124,7 @@ class GenerationOptions(SamplingParams):
         check_at_least(1, max_batch_size=self.max_batch_size)
         if self.max_seq_len is None and not self.chat:
             self.max_seq_len = 512
-        if self.max_seq_len is not None:
-            check_at_least(1, max_seq_len=self.max_seq_len)
+        check_max_seq_len(self.max_seq_len)
         check_dtype(self.dtype)
         inputs = ("prompt", "prompts_file", "messages_file", "chat")
         given = [f"--{name}" for name in inputs if getattr(self, name) not in (None, False)]
@@ -132,7 +132,7 @@ class GenerationOptions(SamplingParams):
             raise ValueError(f"{' and '.join(given)}: give one of them")
         if self.chat:
             self._check_chat()
-        if self.messages_file and (self.instruct or self.special_tokens):
+        if self.messages_file is not None and (self.instruct or self.special_tokens):
             raise ValueError(
                 "--messages_file: its messages are in a template already; leave out --instruct "
                 "and --special_tokens"
@@ -167,6 +167,12 @@ class TunedGenerationOptions(GenerationOptions):
         "    raw: leave prompts as they are; else they are put into the template that the tuned\n"
         "        prompt was trained with.\n"
     )
+
+
+def check_max_seq_len(max_seq_len: int | None) -> None:
+    """Raise ValueError for a --max_seq_len that no cache can have."""
+    if max_seq_len is not None and not 1 <= max_seq_len < 2**31:
+        raise ValueError(f"--max_seq_len must be from 1 to 2**31 - 1, not {max_seq_len}")
 
 
 def check_dtype(dtype: str | None) -> None:

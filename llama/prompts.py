@@ -15,8 +15,9 @@ from tqdm import tqdm
 from llama import parallel
 from llama.cli import MemoryWatch, counted, progress_bar, say, show, shown
 from llama.files import check_text, parse_json, read_lines
-from llama.generation import LLaMA, Output, Prompt, Timing
+from llama.generation import LLaMA
 from llama.options import GenerationOptions
+from llama.output import Output, Prompt, Timing
 from llama.template import ChatTemplate, Messages, check_messages
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
@@ -42,7 +43,7 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
     """
     if flags.chat:
         return []
-    if flags.messages_file:
+    if flags.messages_file is not None:
         return [Request({"messages": messages}) for messages in read_messages(flags.messages_file)]
     prompts: list[str]
     if flags.prompt == "-":
@@ -51,7 +52,7 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
     elif flags.prompt is not None:
         prompts = [flags.prompt]
     else:
-        prompts = read_prompts(flags.prompts_file or examples)
+        prompts = read_prompts(examples if flags.prompts_file is None else flags.prompts_file)
     return [Request({"prompt": check_text("--prompt", "prompt", x)}) for x in prompts]
 
 
@@ -67,7 +68,7 @@ def read_prompts(path: str | Path | None) -> list[str]:
     None reads the example prompts. Raises FileNotFoundError, and ValueError with the line's number.
     """
     prompts = []
-    for where, value in _lines(Path(path or EXAMPLES), "prompts"):
+    for where, value in _lines(EXAMPLES if path is None else Path(path), "prompts"):
         prompt = value.get("prompt") if isinstance(value, dict) else value
         prompts.append(check_text(where, "prompt", prompt))
     return prompts
@@ -109,7 +110,7 @@ def complete(
     """
     if template and flags.special_tokens:
         raise ValueError("--special_tokens is for prompts as they are: give --raw too")
-    if flags.instruct or flags.messages_file:
+    if flags.instruct or flags.messages_file is not None:
         template = template or template_of(generator)
     elif template is None and generator.tokenizer.chat_template is not None:
         say("this model has a chat template; prompts are sent without it (--instruct uses it)")
@@ -147,23 +148,24 @@ def template_of(generator: LLaMA) -> ChatTemplate:
 def _make_ready(
     request: Request, generator: LLaMA, flags: GenerationOptions, template: ChatTemplate | None
 ) -> None:
-    """Fill in a request's prompt and text, or its error: one that is too long is left out."""
+    """Fill in a request's prompt and text, or its error: it is too long, or fits no template."""
     messages, text = request.given.get("messages"), request.given.get("prompt", "")
-    if template is not None:
-        if messages is None:
-            messages = [{"role": "system", "content": flags.system}] if flags.system else []
-            messages = [*messages, {"role": "user", "content": text}]
-        request.prompt = template.ids(messages)
-        turns = [f"{message['role']}: {message['content']}" for message in messages]
-        request.text = "\n\n".join([*turns, "assistant: "])
-    elif flags.special_tokens:
-        request.text, request.prompt = text, generator.tokenizer.encode(text, special_tokens=True)
-    else:
-        request.text, request.prompt = text, text
     try:
+        if template is not None:
+            if messages is None:
+                messages = [{"role": "system", "content": flags.system}] if flags.system else []
+                messages = [*messages, {"role": "user", "content": text}]
+            request.prompt = template.ids(messages)
+            turns = [f"{message['role']}: {message['content']}" for message in messages]
+            request.text = "\n\n".join([*turns, "assistant: "])
+        elif flags.special_tokens:
+            request.prompt = generator.tokenizer.encode(text, special_tokens=True)
+            request.text = text
+        else:
+            request.text, request.prompt = text, text
         generator.check_fits(request.prompt, flags.max_gen_len)
     except ValueError as error:
-        request.error = f"{_name(request)} {error}"
+        request.error = f"{_name(request)}: {error}"
         say(f"left out: {request.error}")
 
 

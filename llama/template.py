@@ -13,10 +13,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llama import parallel
-from llama.cli import shown, time_limit
+from llama.cli import memory_limit, shown, time_limit
+from llama.files import check_text
 from llama.tokenizer import Tokenizer
 
 TIME_LIMIT = 30  # seconds for a template, which is a stranger's program
+MEMORY_LIMIT = 1 << 30  # bytes
 LONGEST = 1 << 24  # characters that one operation in it may make
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -121,6 +123,8 @@ def check_messages(where: str, messages: object) -> Messages:
         raise ValueError(f'{where}: "messages" must be a list of at least one message')
     for number, message in enumerate(messages, 1):
         role = message.get("role") if isinstance(message, dict) else None
+        if isinstance(message, dict) and isinstance(message.get("content"), str):
+            check_text(f"{where}, message {number}", "content", message["content"])
         if role not in ROLES or not isinstance(message.get("content"), str):
             raise ValueError(
                 f"{where}, message {number}: expected a role ({', '.join(ROLES)}) and a text as "
@@ -152,10 +156,11 @@ def render(source: str, messages: Messages, words: dict[str, str], dated: bool =
     slow = f"after {TIME_LIMIT} s the chat template still runs"
     given = {"add_generation_prompt": True, "tools": None, "documents": None} | words
     try:
-        with time_limit(TIME_LIMIT, slow):
+        with time_limit(TIME_LIMIT, slow), memory_limit(MEMORY_LIMIT):
             return jinja.from_string(source).render(messages=messages, **given)
     except Exception as error:
-        raise ValueError(f"the chat template fails: {shown(str(error))}") from None
+        reason = "it wants too much memory" if isinstance(error, MemoryError) else str(error)
+        raise ValueError(f"the chat template fails: {shown(reason)}") from None
 
 
 def to_json(

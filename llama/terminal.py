@@ -1,9 +1,9 @@
 """A chat in a terminal, or by lines on stdin: rank 0 reads and writes, all ranks answer."""
 
+import codecs
 import contextlib
 import json
 import os
-import re
 import select
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama import parallel
 from llama.chat import Chat
-from llama.cli import counted, say, show
+from llama.cli import counted, mended, say, show
 from llama.files import write_whole
 
 HELP = """\
@@ -22,7 +22,6 @@ HELP = """\
 /save FILE       write it as a line of JSON
 Ctrl-C           stop an answer
 Ctrl-D           end"""
-ESCAPES = r"\x1b(\[[0-9;]*[ -/]*[@-~]|O.|.)?"  # what keys without a character send
 
 
 class Terminal:
@@ -35,28 +34,30 @@ class Terminal:
         self.session: PromptSession[str] = PromptSession(
             HTML("<ansigreen><b>&gt; </b></ansigreen>")  # without colour where NO_COLOR is set
         )
-        self.typed = ""  # while an answer was written: the beginning of the next line
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
 
     def read(self) -> str | None:
         """A line; None is the end."""
         while True:
-            typed, self.typed = self.typed, ""
             with contextlib.suppress(KeyboardInterrupt):  # takes back the line
                 try:
-                    return self.session.prompt(default=typed)
+                    return mended(self.session.prompt())
                 except EOFError:
                     return None
 
     def ctrl_c(self) -> bool:
-        """Whether Ctrl-C was typed while an answer was written. Keeps what else was typed."""
-        file = sys.stdin.fileno()
+        """Whether Ctrl-C was typed while an answer was written. Other keys come to read()."""
+        from prompt_toolkit.input.typeahead import store_typeahead
+        from prompt_toolkit.input.vt100_parser import Vt100Parser
+        from prompt_toolkit.key_binding import KeyPress
+
+        file, keys = sys.stdin.fileno(), list[KeyPress]()
         ready, _, _ = select.select([file], [], [], 0)
-        text = os.read(file, 1 << 16).decode(errors="ignore") if ready else ""
-        for character in re.sub(ESCAPES, "", text):
-            if character in "\x7f\b":
-                self.typed = self.typed[:-1]
-            elif character.isprintable():
-                self.typed += character
+        text = self._decoder.decode(os.read(file, 1 << 16)) if ready else ""
+        parser = Vt100Parser(keys.append)
+        parser.feed(text.translate({3: None, 4: None}))  # Ctrl-D ends nothing but a line
+        parser.flush()
+        store_typeahead(self.session.input, keys)
         return "\x03" in text
 
 
@@ -106,7 +107,7 @@ def _obey(chat: Chat, command: str, argument: str) -> None:
                     line = json.dumps({"messages": chat.messages}, ensure_ascii=False)
                     partial.write_text(f"{line}\n", encoding="utf-8")
                 say(f"{argument}: {counted(len(chat.messages), 'message')}")
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 say(f"not saved: {error}")
     else:
         for line in HELP.splitlines():
@@ -116,28 +117,31 @@ def _obey(chat: Chat, command: str, argument: str) -> None:
 def read_line() -> str | None:
     """A line of stdin, None at its end."""
     line = sys.stdin.readline() if sys.stdin is not None else ""
-    return line.rstrip("\n") if line else None
+    return mended(line.rstrip("\n")) if line else None
 
 
 @contextlib.contextmanager
 def keys_as_characters() -> Iterator[None]:
-    """Have keys come one by one, not shown, and Ctrl-C as one of them.
+    """Have keys come one by one, not shown, and Ctrl-C and its like as some of them.
 
-    As a signal it would reach torchrun, and end all ranks. The terminal's mode is restored when
+    As signals they would reach torchrun, and end all ranks. The terminal's mode is restored when
     this process ends, also where it is killed.
     """
     file = sys.stdin.fileno()
     before = subprocess.run(["stty", "-g"], stdin=file, capture_output=True, text=True).stdout
-    # Its input ends with this process, however that ends.
-    script = "trap '' INT TERM HUP; read _; stty \"$0\" <&2"
+    # Its input ends with this process, however that ends. What prompt_toolkit has switched on is
+    # switched off too: bracketed paste, a hidden cursor, colours.
+    script = "trap '' INT TERM HUP QUIT; read _; stty \"$0\" <&2; "
+    script += r"printf '\033[?2004l\033[?25h\033[0m' >&2"
     keeper = subprocess.Popen(
         ["sh", "-c", script, before.strip()], stdin=subprocess.PIPE, stderr=file
     )
-    mode = termios.tcgetattr(file)
-    mode[3] &= ~(termios.ICANON | termios.ECHO)
-    mode[6][termios.VINTR] = b"\0"
-    termios.tcsetattr(file, termios.TCSADRAIN, mode)
     try:
+        mode = termios.tcgetattr(file)
+        mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+        termios.tcsetattr(file, termios.TCSADRAIN, mode)
         yield
+    except termios.error as error:
+        raise OSError(f"the terminal is gone: {error}") from None
     finally:
         keeper.communicate()

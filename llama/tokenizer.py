@@ -13,7 +13,7 @@ import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from llama.cli import shown, time_limit
+from llama.cli import mended, shown, time_limit
 from llama.files import content_of, read_json
 
 # Rust's backtraces tell a user nothing, and one thread is what one text takes.
@@ -125,9 +125,7 @@ class Tokenizer:
         special_tokens, names in .special_tokens become their ids, but for those with mark in them:
         a string that is then taken out of the text.
         """
-        # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
-        # UTF-8) is no character: two of the three libraries would fail on it.
-        s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        s = mended(s)  # two of the three libraries would fail
         with self._guarded():
             if not special_tokens:
                 ids = self._encode(s)

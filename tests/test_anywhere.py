@@ -236,9 +236,9 @@ def test_no_token_of_the_prompt_is_ever_sampled(smollm2):
     outputs = baked.generate(encoded, 40, temperature=1, top_p=1, seed=0)
     for ids, output in zip(encoded, outputs):
         assert max(output.token) < n
-        # Nor would one in 100,000 draws be one of them.
+        # Nor would one in 50,000 draws be one of them.
         probs = baked.model(torch.tensor([ids + output.token]))[0, len(ids) - 1 :].softmax(-1)
-        assert probs[:, n:].sum(-1).mean() < 1e-5
+        assert probs[:, n:].sum(-1).mean() < 2e-5
     free = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0}
     found = llama_cpp(served(folder / "baked-gguf", 5), prompts, 40, **free)
     assert sum(map(len, found)) > 150

@@ -71,7 +71,9 @@ def test_a_full_context_loses_its_oldest_turns_and_not_the_system_message(ckpt_d
 def test_chat_instruct_and_messages_see_the_same(ckpt_dir, tmp_path):
     question = "Name a river </s> in Africa"
     (tmp_path / "m.jsonl").write_text(json.dumps([{"role": "user", "content": question}]))
-    (tmp_path / "lines").write_text(f"{question}\n/save {tmp_path / 'saved.jsonl'}\n/nonsense\n")
+    (tmp_path / "lines").write_text(
+        f"{question}\n/save {tmp_path / 'saved.jsonl'}\n/save /\n/nonsense\n"
+    )
     flags = flags_of(ckpt_dir=ckpt_dir, tokenizer_path=PATH, temperature=0, max_gen_len=12)
     by_file = run_script("example.py", *flags, "--json", "--messages_file", tmp_path / "m.jsonl")
     by_flag = run_script("example.py", *flags, "--json", "--instruct", "--prompt", question)
@@ -88,6 +90,7 @@ def test_chat_instruct_and_messages_see_the_same(ckpt_dir, tmp_path):
     assert saved[0]["content"] == question
     assert saved[1]["content"] == one["text"] == two["text"]
     assert by_chat.stdout == one["text"] + "\n"
+    assert "not saved: " in by_chat.stderr
     assert "\n/reset           forget" in by_chat.stderr  # of help, for what is no command
 
 
@@ -103,7 +106,7 @@ def test_a_chat_in_a_terminal_ends_answers_and_itself(ckpt_dir):
         chat.expect(PROMPT)
         chat.send("Tell me all\r")
         chat.expect(r"2004l[^\x1b]{20}")  # the answer goes on
-        chat.send("typed ahead\x03")
+        chat.send("\x1c\x1atyped ahedd\x7f\x7fad\x03")  # keys that elsewhere are signals
     chat.expect(PROMPT)
     chat.expect("typed ahead")
     chat.send("\x03/reset\r")  # takes the line back

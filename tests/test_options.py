@@ -39,8 +39,8 @@ BAD = [
     (GENERATION, "seed", 2**32, "from 0"),  # torch on a CPU would take it for 0
     (GENERATION, "top_k", -1, "at least 0"),
     (GENERATION, "min_p", 1.5, "from 0 to 1"),
-    (GENERATION, "repetition_penalty", -1.0, "above 0"),
-    (GENERATION, "repetition_penalty", 0.0, "above 0"),
+    (GENERATION, "repetition_penalty", -1.0, "from 0.01 to 100"),
+    (GENERATION, "repetition_penalty", 1e-300, "from 0.01 to 100"),
     (GENERATION, "stop", [""], "at least one character"),
     (GENERATION, "stop", "text", "at least one character"),
     (GENERATION, "n", 0, "at least 1"),
@@ -52,7 +52,9 @@ BAD = [
     (CHAT, "n", 2, "does not go with --chat"),
     (CHAT, "json", True, "does not go with --chat"),
     (CHAT, "prompt", "x", "and --chat: give one of them"),
-    (GENERATION, "max_seq_len", 0, "at least 1"),
+    (GENERATION, "max_seq_len", 0, "from 1"),
+    (GENERATION, "max_seq_len", 10**20, "from 1"),
+    (GENERATION, "max_gen_len", 10**20, "no endless one"),
     (GENERATION, "max_batch_size", 0, "at least 1"),
     (GENERATION, "dtype", "int3", "one of float32, bfloat16, float16"),
 ]

@@ -84,6 +84,12 @@ def test_a_tokenizer_without_template_or_known_tokens_is_told():
     [
         ("{{ 'x' * 10 ** 10 }}", "too much for a template"),
         ("{{ 9 ** 9 ** 9 }}", "too much for a template"),
+        ("{{ '%3000000000s' % 'x' }}", "too much memory"),
+        (
+            "{% set x = namespace(s='x' * 9999) %}{% for _ in range(40) %}"
+            "{% set x.s = x.s ~ x.s %}{% endfor %}",
+            "too much memory",
+        ),
         (LLAMA2, "must alternate"),
     ],
 )

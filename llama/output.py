@@ -1,0 +1,60 @@
+"""What is continued and what comes out: prompts, outputs, streams, and how long they took."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from llama.text_stream import TextStream
+
+Prompt = str | Sequence[int]  # a text, or token ids, taken as they are
+
+
+@dataclass
+class Timing:
+    """What loading and generating have taken so far on this rank."""
+
+    load_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generated_tokens: int = 0
+    generated_seconds: float = 0.0
+
+
+@dataclass
+class Output:
+    """What was generated after one prompt: the continuation alone.
+
+    Log-probabilities are those of the model itself, before any option of sampling, in nats.
+    """
+
+    text: str = ""  # without the stop string that ended it
+    token: list[int] = field(default_factory=list)  # without the id that ended it
+    finish_reason: str = "length"  # or stop (an id or a string), or interrupted
+    logprobs: list[float] | None = None  # of each token
+    top_logprobs: list[dict[int, float]] | None = None  # of the likeliest ids in its place
+    prompt_logprobs: list[float | None] | None = None  # of each id of the prompt; None: no context
+    timing: Timing = field(default_factory=Timing, compare=False)  # its own
+
+
+@dataclass
+class Stream(Iterator[str]):
+    """Pieces of a continuation as they come, of whole characters. Read them on every rank alike."""
+
+    output: Output  # what has come so far
+    pieces: Iterator[str]
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+
+@dataclass
+class Row:
+    """A prompt of a batch, and its continuation while it grows."""
+
+    name: str  # for messages
+    ids: list[int]
+    limit: int  # of new tokens
+    text: TextStream
+    output: Output
+    done: bool = False
+    logprobs: list[float] = field(default_factory=list)  # for the output, where asked for
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
