@@ -1,0 +1,163 @@
+"""The READMEs and docs/: commands that run, links that lead somewhere, the same in both languages."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from formats import byte_level_vocabulary, tiny
+
+from llama import cli
+from llama.checkpoint.convert import convert
+from llama.checkpoint.gguf_tokenizer import tokenizer_files
+from llama.checkpoint.write import write_checkpoint
+from llama.options import GenerationOptions, TunedGenerationOptions
+from llama.template import CHATML
+from llama.tuning.options import TuningOptions
+
+PAGES = ("README.md", "docs/generate.md", "docs/tune.md", "docs/run-anywhere.md")
+CHINESE = {page: page.replace(".md", ".zh-CN.md") for page in PAGES}
+LONGEST = 250  # lines of a README
+
+# What a command gets on top of the README's own flags, to be short on a tiny model.
+SHORTER = {
+    "example.py": ["--max_gen_len", "4"],
+    "example_ft.py": ["--max_gen_len", "4"],
+    "ft_main.py": ["--max_steps", "2", "--batch_size", "2"],
+}
+# What two machines have of their own, and one does not.
+HERE = {"192.168.0.10": "127.0.0.1", "eth0": "lo"}
+# Of these, only what they name is looked up.
+NOT_RUN = ("make", "pip", ".", "cd", "git", "llama-cli", "llama-completion", "ollama", "vllm")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The language and the text of each code block of a page."""
+    text = (REPO / page).read_text(encoding="utf-8")
+    return re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", text)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page as words, comments left out: blocks of sh, and lines after a $."""
+    found = []
+    for language, text in blocks(page):
+        for line in text.replace("\\\n", " ").splitlines():
+            prompted = line.startswith("$ ")
+            if language == "sh" or prompted:
+                found.append(shlex.split(line.removeprefix("$ "), comments=True))
+    return [words for words in found if words]
+
+
+def programs(page: str) -> list[str]:
+    """The Python programs of a page, without comments."""
+    return [
+        re.sub(r"(?m) *#.*$", "", text) for language, text in blocks(page) if language == "python"
+    ]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder in which the paths of the README exist: the project, with tiny random models."""
+    for path in REPO.glob("[!.]*"):
+        if path.name not in ("ckpts", "saved", "out"):
+            (tmp_path / path.name).symlink_to(path)
+    vocabulary = byte_level_vocabulary(748) | {"tokenizer.chat_template": CHATML}
+    sizes = {"n_heads": 12, "dim": 96, "multiple_of": 96, "vocab_size": 768}
+    source = tiny(tokenizer_files(vocabulary, 768), **sizes)
+    write_checkpoint(source, tmp_path / "ckpts/7B")
+    write_checkpoint(source, tmp_path / "ckpts/SmolLM2-135M-Instruct_fs3", 3)
+    convert(source, tmp_path / "gguf", "gguf")
+    (found,) = (tmp_path / "gguf").glob("*.gguf")
+    found.rename(tmp_path / "model.gguf")
+    (tmp_path / "prompts.txt").write_text("What is rain?\nName a river.\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(words: list[str], env: dict[str, str], folder: Path) -> subprocess.Popen:
+    """Start a command of the README as it stands, but for SHORTER and HERE."""
+    words = [re.sub("|".join(HERE), lambda found: HERE[found[0]], word) for word in words]
+    script = next(word for word in words if word.endswith(".py"))
+    words += SHORTER.get(script, [])
+    if words[0] == "torchrun":
+        elsewhere = ["--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
+        elsewhere = [] if "--rdzv_endpoint" in words else elsewhere
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", *elsewhere]
+    else:
+        words[0] = sys.executable
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(words, cwd=folder, env=env, text=True, **pipes)
+
+
+def test_every_command_of_the_readme_runs(project):
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    targets = re.findall(r"(?m)^([a-z-]+):", (REPO / "Makefile").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        HERE["29500"] = str(free.getsockname()[1])
+    together = []  # of several machines
+    for words in commands("README.md"):
+        print(shlex.join(words))
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            env[name] = HERE.get(value, value)
+        if words[0] == "make":
+            assert set(words[1:]) <= set(targets), words
+        elif words[0] == "pip":
+            files = [word for word in words if word.endswith(".txt")]
+            assert all((REPO / file).is_file() for file in files), words
+        elif words[0] not in NOT_RUN:
+            together.append(start(words, env, project))
+            if "--nnodes" in words and len(together) < int(words[words.index("--nnodes") + 1]):
+                continue
+            said = [process.communicate(timeout=120)[0] for process in together]
+            assert [process.returncode for process in together] == [0] * len(together), said
+            together = []
+
+
+def test_the_python_of_the_readme_runs(project, capsys):
+    for program in programs("README.md"):
+        exec(program, {})
+    assert capsys.readouterr().out
+
+
+SCRIPTS = {"example.py": GenerationOptions, "example_ft.py": TunedGenerationOptions}
+SCRIPTS |= {"ft_main.py": TuningOptions}
+
+
+@pytest.mark.parametrize("page", [*PAGES[1:], "docs/architecture.md"])
+def test_flags_in_the_docs_exist(page, monkeypatch):
+    for words in commands(page):
+        script = next((word for word in words if word.endswith(".py")), None)
+        if words[0] in NOT_RUN or script not in SCRIPTS:
+            continue
+        monkeypatch.setattr(sys, "argv", words[words.index(script) :])
+        SCRIPTS[script](**cli.parse_flags(SCRIPTS[script]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same_commands_messages_and_links(page):
+    assert commands(page) == commands(CHINESE[page])
+    assert programs(page) == programs(CHINESE[page])
+    messages = [
+        re.findall(r"`((?:error|left out|not sent): [^`]+)`", (REPO / name).read_text())
+        for name in (page, CHINESE[page])
+    ]
+    assert messages[0] == messages[1]
+
+
+def test_a_readme_is_short():
+    for page in (PAGES[0], CHINESE[PAGES[0]]):
+        assert len((REPO / page).read_text(encoding="utf-8").splitlines()) <= LONGEST, page
+
+
+def test_links_lead_somewhere():
+    for page in [*REPO.glob("*.md"), *REPO.glob("*/*.md")]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            target = link.partition("#")[0]
+            assert "://" in link or (page.parent / target).exists(), f"{page}: {link}"
