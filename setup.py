@@ -1,4 +1,4 @@
-"""Install the llama package: pip install -e ."""
+"""Install the package and the scripts: pip install . , then python -m split_model …"""
 
 from pathlib import Path
 
@@ -11,6 +11,8 @@ setup(
     license="GPL-3.0-only",
     # named: find_packages() would take datasets/ for one
     packages=["llama", "llama.checkpoint", "llama.tuning"],
+    package_data={"llama": ["example_prompts.jsonl", "example_questions.jsonl"]},
+    py_modules=["convert_model", "example", "example_ft", "ft_main", "split_model"],
     python_requires=">=3.10",
     install_requires=[
         line

@@ -52,11 +52,11 @@ def main(
     ckpt = open_any(ckpt_dir)
     if n is not None and wanted is None and (growth := ckpt.growth(ckpt.shapes)):
         cli.say(f"{ckpt_dir}: {growth}")
-    if dry_run:
+    if dry_run and n is not None:
         print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
     if n is not None:
-        out_dir = out_dir or default_out_dir(ckpt_dir, n)
+        out_dir = out_dir or str(default_out_dir(ckpt_dir, n))
         if Path(ckpt_dir).resolve() in Path(out_dir).resolve().parents:
             raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
         check_shard_count(ckpt.args, n, ckpt_dir)
@@ -64,15 +64,17 @@ def main(
         without = " --tokenizer_path …" * (not ckpt.has_tokenizer)
         print(f"{out_dir}: {cli.counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "
               f"example.py --ckpt_dir {out_dir}{without}")  # fmt: skip
-    if verify and out_dir is None:
+    if not verify:
+        return
+    if out_dir is None:
         ckpt.verify()
         print(f"{ckpt_dir}: {ckpt.what_was_verified()}")
-    elif verify:
+    else:
         out = Checkpoint(out_dir)
         compare(ckpt, out)
         converted = f", the second in {out.dtype} as made from {ckpt.dtype}"
         print(f"{ckpt_dir} and {out_dir}: the same model, whole, cut in {ckpt.n} and {out.n}"
-              + converted * (out.dtype != ckpt.dtype))  # fmt: skip
+              + converted * (out.dtypes != ckpt.dtypes))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """LLaMA models split across several accelerators: the public names, found when asked for."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama.generation import LLaMA, Output
+    from llama.model import ModelArgs, Transformer
+    from llama.tokenizer import Tokenizer
 
 # Importing torch takes seconds: what only shows help or mends a flag does not wait for it.
 _HOMES = {

@@ -1,6 +1,7 @@
 """A conversation with a model: each turn is read once."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llama.generation import LLaMA, Output, PromptCache, Stream
 from llama.template import ChatTemplate
@@ -14,7 +15,7 @@ class Chat:
     """
 
     def __init__(
-        self, generator: LLaMA, template: ChatTemplate, system: str | None = None, **params: object
+        self, generator: LLaMA, template: ChatTemplate, system: str | None = None, **params: Any
     ) -> None:
         self.generator, self.template, self.params = generator, template, params
         self.system = [] if system is None else [{"role": "system", "content": system}]
@@ -28,7 +29,8 @@ class Chat:
         self.n_dropped = 0
         # The conversation up to the last answer, this, and the ids of both, as they were read and
         # written: an answer's own ids need not be those that its text would get.
-        self._asked, self._answered, self._ids = "", "", []
+        self._asked, self._answered = "", ""
+        self._ids: list[int] = []
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -64,7 +66,7 @@ class Chat:
         """The conversation as a text and as ids, without the turns for which there is no room."""
         room = self.generator.max_seq_len - self.generator.num_virtual_tokens
         conversation, ids = self._read()
-        if len(ids) + min(int(self.params["max_gen_len"]), room // 4) > room:
+        if len(ids) + min(self.params["max_gen_len"], room // 4) > room:
             # To half, as what is left must be read again: not at every turn from now on.
             while len(ids) > room // 2 and len(self.turns) > 1:
                 del self.turns[:2]  # a question and its answer

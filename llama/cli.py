@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,8 +59,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _end_interrupted() -> NoReturn:
-    say("interrupted")
-    os._exit(130)
+    _fail("interrupted", wait=False, speak=_RANK == 0, code=130)
 
 
 def _run(main: Callable[..., None], options: type | None) -> None:
@@ -69,7 +68,7 @@ def _run(main: Callable[..., None], options: type | None) -> None:
         if options:
             flags = {"flags": options(**flags)}
     except (ValueError, OSError) as error:
-        _fail(_explain(error), wait=_RANK > 0, speak=_RANK == 0)
+        _fail(str(_explain(error)), wait=_RANK > 0, speak=_RANK == 0)
     from llama import parallel  # here, so that help and a mistyped flag need no torch
 
     try:
@@ -110,15 +109,17 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str, wait: bool, speak: bool) -> NoReturn:
-    """End with exit code 1, after waiting for a rank that speaks, or saying why, or both."""
+def _fail(message: str, wait: bool, speak: bool, code: int = 1) -> NoReturn:
+    """End with an exit code, after waiting for a rank that speaks, or saying why, or both."""
     if wait:
         time.sleep(SILENT_EXIT_DELAY)
     if speak:
-        print(message, file=sys.stderr, flush=True)
+        # Over a bar that is half drawn, which may be another rank's.
+        clear_line = "\r\x1b[2K" if sys.stderr.isatty() else ""
+        print(clear_line + message, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()
-    os._exit(1)  # not sys.exit: the process group's threads may wait for ranks that are gone
+    os._exit(code)  # not sys.exit: the process group's threads may wait for ranks that are gone
 
 
 def parse_flags(main: Callable[..., None]) -> dict:
@@ -169,7 +170,8 @@ def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Param
 
     # By their names alone, as they are taken here.
     by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
-    page_of.__signature__, page_of.__doc__ = inspect.Signature(by_name), main.__doc__
+    page_of.__doc__ = main.__doc__
+    page_of.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # fire reads it
     os.environ.setdefault("PAGER", "cat")
     page = io.StringIO()
     with contextlib.redirect_stderr(page), contextlib.suppress(SystemExit):
@@ -195,7 +197,8 @@ def check_at_least(smallest: int, **values: float) -> None:
 def say(message: str) -> None:
     """Tell the user something that is not a result: on stderr, by rank 0 alone."""
     if _RANK == 0:
-        print(shown(message, 2000, ending=500), file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(sys.stderr):  # above the bar, where there is one
+            print(shown(message, 2000, ending=500), file=sys.stderr, flush=True)
 
 
 def show_bars() -> bool:
@@ -203,9 +206,33 @@ def show_bars() -> bool:
     return _RANK == 0 and sys.stderr.isatty()
 
 
-def byte_bar(total: int) -> tqdm:
-    """A bar of bytes done, where bars belong."""
-    return tqdm(total=total, unit="B", unit_scale=True, disable=not show_bars())
+def progress_bar(
+    what: str,
+    total: int | None = None,
+    unit: str = "B",
+    done: int = 0,
+    items: Iterable | None = None,
+) -> tqdm:
+    """A bar of the work that is done, with rate and time left, where bars belong.
+
+    Call its update(), or go through it for items. It is taken away when the work ends.
+    """
+    size = None
+    with contextlib.suppress(OSError, ValueError):  # where there is no terminal
+        size = os.get_terminal_size(sys.stderr.fileno())
+    # One that does not know its size, as in containers: tqdm would draw nothing.
+    fit = {"ncols": 80, "nrows": 24} if size == (0, 0) else {"dynamic_ncols": True}
+    return tqdm(
+        iterable=items,
+        desc=what,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        initial=done,
+        leave=False,
+        disable=not show_bars(),
+        **fit,
+    )
 
 
 def counted(n: int, noun: str) -> str:
@@ -231,7 +258,7 @@ def shown(text: str, longest: int = 200, ending: int = 0) -> str:
 
 # Seconds in which this process ran: one that is stopped, as by Ctrl-Z, is not late for it.
 _seconds = 0
-_deadline = [math.inf, ""]  # of these, and what is then said
+_deadline: list = [math.inf, ""]  # of these, and what is then said
 _watch = threading.Thread()  # one for all texts: a Timer each takes longer than most texts do
 
 

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -201,7 +202,7 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
     ]
 
 
-def parse_json(where: str, text: str) -> object:
+def parse_json(where: str, text: str) -> Any:
     """The JSON value in a text; ValueError, with its place, if there is none."""
     try:
         return json.loads(text)
@@ -291,7 +292,7 @@ def hash_of(path: Path, algorithm: str = "sha256") -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, row by row, as they lie in a file."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def sha256_of(tensor: torch.Tensor) -> str:

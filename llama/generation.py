@@ -11,7 +11,7 @@ import torch
 from llama import parallel
 from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
-from llama.cli import check_at_least, counted, end_with_torchrun, say, shown
+from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
 from llama.model import KVCache, Transformer
 from llama.options import SamplingParams
 from llama.sampling import BROKEN, INTERRUPTED, Sampler
@@ -71,6 +71,8 @@ class Row:
     text: TextStream
     output: Output
     done: bool = False
+    logprobs: list[float] = field(default_factory=list)  # for the output, where asked for
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
 
 
 class PromptCache:
@@ -192,9 +194,10 @@ class LLaMA:
             raise ValueError(f"{name}: {error}") from None
         output = Output()
         output.timing.prompt_tokens = len(ids)
+        row = Row(name, ids, limit, TextStream(tokenizer, ids, params.stop), output)
         if params.logprobs is not None:
-            output.logprobs, output.top_logprobs = [], []
-        return Row(name, ids, limit, TextStream(tokenizer, ids, params.stop), output)
+            output.logprobs, output.top_logprobs = row.logprobs, row.top_logprobs
+        return row
 
     def _room(self, ids: list[int], needed: int) -> int:
         """How many tokens may follow these; ValueError if they are fewer than needed."""
@@ -308,8 +311,8 @@ class LLaMA:
         values, ids = (found.tolist() for found in logprobs.topk(min(top, logits.shape[1])))
         for i, (row, token) in enumerate(zip(rows, tokens)):
             if not row.done and token >= 0 and token not in self.tokenizer.stop_ids:
-                row.output.logprobs.append(logprobs[i, token].item())
-                row.output.top_logprobs.append(dict(zip(ids[i], values[i])))
+                row.logprobs.append(logprobs[i, token].item())
+                row.top_logprobs.append(dict(zip(ids[i], values[i])))
 
     def _prefill(self, rows: list[Row], kv: KVCache, kept: int, echo: bool) -> torch.Tensor:
         """Logits (bsz, vocab_size) after each prompt, all rows in one pass, padded on the right.
@@ -365,7 +368,8 @@ def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = N
     put together from several shards.
     """
     parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
-    weights = {name: part.to(device) for name, part in parts}
+    bar = progress_bar("loading", len(ckpt.shapes), "weight", items=parts)
+    weights = {name: part.to(device) for name, part in bar}
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

@@ -30,10 +30,11 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
+    # None, which no model has once it is made: as many as n_heads
+    n_kv_heads: int = None  # type: ignore[assignment]
     vocab_size: int = -1  # -1 in Llama 1's params.json: take it from the weights
     multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
+    ffn_dim_multiplier: float = None  # type: ignore[assignment]  # None: 1
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     use_scaled_rope: bool = False  # Llama 3.1 and later
@@ -43,7 +44,7 @@ class ModelArgs:
     rope_low_freq_factor: float = 1.0
     rope_original_len: int = 8192  # the context that scaled rope stretches
     rope_linear_factor: float = 1.0  # angles are divided by it
-    head_dim: int | None = None  # None: dim / n_heads
+    head_dim: int = None  # type: ignore[assignment]  # None: dim / n_heads
     context_len: int | None = None  # of the longest texts that it was trained on; None: unknown
 
     def __post_init__(self) -> None:
@@ -181,8 +182,7 @@ def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     attention_mask (bsz, seqlen) is 0 on padding.
     """
     # Padding on the right needs no mask: causal attention never looks there.
-    left_padded = attention_mask is not None and bool((attention_mask.diff(dim=1) > 0).any())
-    if not left_padded:
+    if attention_mask is None or not (attention_mask.diff(dim=1) > 0).any():
         return None
     seqlen, device = attention_mask.shape[1], attention_mask.device
     causal = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device).tril()
@@ -272,6 +272,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size)
+        self.rope_freqs: Tensor
         self.register_buffer("rope_freqs", rope_frequencies(args), persistent=False)
 
     def forward(
@@ -310,7 +311,7 @@ class Transformer(nn.Module):
             positions = torch.arange(seqlen, device=h.device)[None]  # (1, seqlen)
             mask = padding_mask(attention_mask)
         else:
-            positions, mask = cache.advance(start_pos, seqlen)  # (bsz, seqlen)
+            positions, mask = cache.advance(start_pos or [0] * len(h), seqlen)  # (bsz, seqlen)
         angles = positions[..., None, None].float() * self.rope_freqs
         freqs_cis = torch.polar(torch.ones_like(angles), angles)  # (…, seqlen, 1, head_dim / 2)
         for layer in self.layers:

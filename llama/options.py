@@ -1,6 +1,7 @@
 """What the scripts can be told: one dataclass a command line, checked when made, without torch."""
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,11 +147,11 @@ class TunedGenerationOptions(GenerationOptions):
     raw: bool = False
 
     __doc__ = (
-        f"{GenerationOptions.__doc__.rstrip()}\n"
-        "        tuning_ckpt_path: what ft_main.py or PEFT saved, to go before every prompt: a\n"
-        "            folder, or a .safetensors, .bin or .pth file.\n"
-        "        raw: leave prompts as they are; else they are put into the template that the\n"
-        "            tuned prompt was trained with.\n    "
+        inspect.cleandoc(GenerationOptions.__doc__ or "")  # Python 3.13 has it without indentation
+        + "\n    tuning_ckpt_path: what ft_main.py or PEFT saved, to go before every prompt: a\n"
+        "        folder, or a .safetensors, .bin or .pth file.\n"
+        "    raw: leave prompts as they are; else they are put into the template that the tuned\n"
+        "        prompt was trained with.\n"
     )
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,13 +133,13 @@ def gather_objects(value: object) -> list:
     return values
 
 
-def from_rank_0(make: Callable[[], object]) -> object:
+def from_rank_0(make: Callable[[], Any]) -> Any:
     """What make() gives on rank 0, which JSON must hold, on every rank; however long that takes.
 
     A collective would give up waiting after some minutes, and a user may think for longer.
     """
     global _n_given
-    if world_size() == 1:
+    if _store is None or world_size() == 1:
         return make()
     _n_given += 1
     key = f"llama/given/{_n_given}"

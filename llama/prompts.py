@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,8 +20,8 @@ from llama.options import GenerationOptions
 from llama.template import ChatTemplate, Messages, check_messages
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
-DATASETS = Path(__file__).parents[1] / "datasets"
-EXAMPLES = DATASETS / "example_prompts.jsonl"
+EXAMPLES = Path(__file__).with_name("example_prompts.jsonl")
+QUESTIONS = Path(__file__).with_name("example_questions.jsonl")
 LONGEST_STDIN = 1 << 24  # characters
 
 
@@ -42,6 +43,7 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
         return []
     if flags.messages_file:
         return [Request({"messages": messages}) for messages in read_messages(flags.messages_file)]
+    prompts: list[str]
     if flags.prompt == "-":
         parallel.setup()  # rank 0 alone reads
         prompts = [parallel.from_rank_0(lambda: sys.stdin.read(LONGEST_STDIN))]
@@ -166,7 +168,11 @@ def _print(request: Request, output: Output, flags: GenerationOptions) -> None:
         _write(request.text + output.text + SEPARATOR)
         _tell_if_cut(request, output, flags)
         return
-    found = {"text": output.text, "tokens": output.token, "finish_reason": output.finish_reason}
+    found: dict[str, Any] = {
+        "text": output.text,
+        "tokens": output.token,
+        "finish_reason": output.finish_reason,
+    }
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         if (value := getattr(output, name)) is not None:
             found[name] = value

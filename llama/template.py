@@ -4,7 +4,9 @@ import datetime
 import json
 import re
 from collections.abc import Sequence, Sized
+from typing import Any
 
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llama.cli import shown, time_limit
@@ -148,7 +150,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**"))
 
-    def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Refuse what takes no range or loop to fill the memory, as "x" * 10**10."""
         sizes = [len(x) if isinstance(x, Sized) else x for x in (left, right)]
         if abs(sizes[0] * sizes[1]) > LONGEST or (operator == "**" and sizes[1] > 64):

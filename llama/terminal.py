@@ -147,5 +147,4 @@ def restored_terminal() -> Iterator[None]:
     try:
         yield
     finally:
-        keeper.stdin.close()
-        keeper.wait()
+        keeper.communicate()

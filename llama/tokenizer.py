@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -80,9 +80,9 @@ class Tokenizer:
     words: dict[str, str]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
     _decode: Callable[[list[int]], str]
-    _special_ids: Container[int]  # those left out of a decoded text
+    _special_ids: Container[int | None]  # those left out of a decoded text
 
-    def __init__(self, model_path: str | Path, files: dict[str, bytes | Path] | None = None):
+    def __init__(self, model_path: str | Path, files: Mapping[str, bytes | Path] | None = None):
         """Load a tokenizer file, or the one inside a folder (tokenizer.model, tokenizer.json).
 
         files: what such a folder holds, by name, each as a path or as its content; model_path is
@@ -186,8 +186,8 @@ class Tokenizer:
         self.eos_id = sp.eos_id()
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else sp.eos_id()
         self.stop_ids = frozenset({sp.eos_id()})
-        self._special_ids = {i for i in range(sp.vocab_size()) if sp.is_control(i)}
-        self.special_tokens = {sp.id_to_piece(i): i for i in self._special_ids}
+        special = {i for i in range(sp.vocab_size()) if sp.is_control(i)}
+        self._special_ids, self.special_tokens = special, {sp.id_to_piece(i): i for i in special}
 
     def _load_tiktoken(self, data: bytes) -> None:
         """Llama 3: lines of a base64 token and its rank; 256 special tokens follow the ranks."""
@@ -243,7 +243,7 @@ class Tokenizer:
         self.bos_id = _json_bos(rust, named_id("bos_token"), config.get("add_bos_token"))
         self.eos_id = ends[0]
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        stop_ids = {rust.token_to_id(name) for name in JSON_STOP_NAMES} & special
+        stop_ids = special & {rust.token_to_id(name) for name in JSON_STOP_NAMES}
         self.stop_ids = frozenset(stop_ids | {self.eos_id})
         self._special_ids = special | {self.bos_id, self.eos_id}
 
@@ -261,7 +261,7 @@ class Tokenizer:
         if template is not None:
             found = read_template(template) if isinstance(template, Path) else template.decode()
         self.chat_template = found if isinstance(found, str) else None
-        names = {i: name for name, i in self.special_tokens.items()}
+        names: dict[int | None, str] = {i: name for name, i in self.special_tokens.items()}
         self.words = {
             "bos_token": names.get(self.bos_id, ""),
             "eos_token": names.get(self.eos_id, ""),

@@ -155,6 +155,7 @@ def run_script(
     result = subprocess.run(command, capture_output=True, timeout=timeout, **options)
     # Not text=True, which turns a carriage return that the model wrote into a line end.
     result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+    assert "%|" not in result.stderr  # no bar where there is no terminal, whatever is run
     return result
 
 

@@ -68,6 +68,18 @@ def test_files_can_be_read_in_one_sitting():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 120, path
 
 
+def test_all_there_is_to_install_is_named():
+    call = ast.parse((REPO / "setup.py").read_text(encoding="utf-8")).body[-1].value
+    named = {x.arg: x.value for x in call.keywords}
+    lists = ("packages", "py_modules", "package_data")
+    packages, scripts, data = (ast.literal_eval(named[name]) for name in lists)
+    folders = {path.parent.relative_to(REPO) for path in PACKAGE.rglob("*.py")}
+    assert set(packages) == {".".join(folder.parts) for folder in folders}
+    assert {*scripts, "setup"} == {path.stem for path in REPO.glob("*.py")}
+    others = {path.name for path in PACKAGE.rglob("*") if path.is_file() and ".py" not in path.name}
+    assert data == {"llama": sorted(others)}
+
+
 def test_every_weight_is_listed_once():
     """No file but the table names the twelve kinds of weight."""
     for path in PACKAGE.rglob("*.py"):

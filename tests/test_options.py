@@ -1,10 +1,11 @@
 """The options of the scripts: what makes no sense is refused by its flag's name."""
 
 import dataclasses
+import inspect
 
 import pytest
 
-from llama.options import GenerationOptions
+from llama.options import GenerationOptions, TunedGenerationOptions
 from llama.tuning.options import TuningOptions
 
 NEEDED = {"ckpt_dir": "c", "tokenizer_path": "t"}
@@ -70,6 +71,7 @@ def test_what_a_resumed_run_must_keep_is_known():
     }
 
 
-def test_every_option_has_a_line_of_help():
-    for field in dataclasses.fields(TuningOptions):
-        assert f"\n        {field.name}: " in TuningOptions.__doc__
+@pytest.mark.parametrize("options", [TuningOptions, TunedGenerationOptions])
+def test_every_option_has_a_line_of_help(options):
+    for field in dataclasses.fields(options):
+        assert f"\n    {field.name}: " in inspect.getdoc(options)

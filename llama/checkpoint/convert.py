@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from llama.checkpoint.modelfile import modelfile
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source, hash_threads, parse_dtype
 from llama.checkpoint.write import write_checkpoint, write_files
-from llama.cli import byte_bar, say
+from llama.cli import progress_bar, say
 from llama.files import content_of, new_folder
 from llama.options import DTYPES
 from llama.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def convert(
             source.check_unchanged()
 
 
-def _hf_files(source: Source) -> dict[str, bytes | Path]:
+def _hf_files(source: Source) -> Mapping[str, bytes | Path]:
     """The tokenizer of a model as tokenizer.json, which transformers reads."""
     if "tokenizer.json" in source.files or not source.has_tokenizer:
         return source.files
@@ -132,7 +133,7 @@ def verify_written(source: Source, out_dir: str | Path) -> None:
         )
 
     total = sum(math.prod(shape) for shape in source.shapes.values()) * source.dtype.itemsize
-    with hash_threads() as pool, byte_bar(total) as bar:
+    with hash_threads() as pool, progress_bar("verifying", total) as bar:
         for name, wrong in zip(source.shapes, pool.map(differs, source.shapes)):
             if wrong:
                 raise ValueError(f"{out_dir}: {name} is not what was written; write it again")

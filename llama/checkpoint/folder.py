@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from llama.checkpoint.weights import (
     valid_shard_counts,
     whole_sha256,
 )
-from llama.cli import byte_bar, counted, first_few, shown
+from llama.cli import counted, first_few, progress_bar, shown
 from llama.files import hash_of, load_plain, naming, read_json, sha256_of
 from llama.model import ModelArgs
 from llama.options import DTYPES
@@ -162,13 +162,15 @@ class Checkpoint(Source):
             f"work: python split_model.py --ckpt_dir {shlex.quote(str(self.path))} --n {n}"
         )
 
-    def _check_parts(self, parts: Iterable[tuple[int, str]]) -> None:
+    def _check_parts(self, parts: Sequence[tuple[int, str]]) -> None:
         """Raise ValueError if a shard's part of a weight is not what the manifest says."""
         if self.manifest is not None:
-            with hash_threads() as pool:
-                for fault in pool.map(lambda part: self._fault(*part), parts):
+            sizes = [self.shard(i)[name].nbytes for i, name in parts]
+            with hash_threads() as pool, progress_bar("checking", sum(sizes)) as bar:
+                for size, fault in zip(sizes, pool.map(lambda part: self._fault(*part), parts)):
                     if fault:
                         raise ValueError(fault)
+                    bar.update(size)
 
     def _fault(self, i: int, name: str) -> str | None:
         """What is wrong with shard i's part of a weight: by the manifest, or beside its copies."""
@@ -228,7 +230,7 @@ class Checkpoint(Source):
         """
         faults, hashes = self._checklist_faults(), {}
         total = sum(path.stat().st_size for path in self.paths)
-        with hash_threads() as pool, byte_bar(total) as bar:
+        with hash_threads() as pool, progress_bar("verifying", total) as bar:
             for name, (sha256, found) in zip(self.shapes, pool.map(self._verify, self.shapes)):
                 hashes[name] = sha256
                 faults += found
@@ -257,7 +259,7 @@ class Checkpoint(Source):
             listed[self.path / Path(name.strip().removeprefix("*")).name] = md5.lower()
         unlisted = [path for path in self.paths if path not in listed]
         faults = [f"{path}: not listed in {CHECKLIST}" for path in unlisted]
-        for path, md5 in listed.items():
+        for path, md5 in progress_bar("checking", unit="file", items=listed.items()):
             if not path.is_file():
                 faults.append(f"{path}: missing, though {CHECKLIST} lists it")
             elif hash_of(path, "md5") != md5:
@@ -288,7 +290,8 @@ def compare(a: Source, b: Checkpoint) -> None:
     hashes_a, hashes_b = a.verify(), b.verify()
     hint = ""
     if a.dtypes != b.dtypes:
-        hashes_a = {name: whole_sha256(a, name, b.dtypes[name]) for name in hashes_a}
+        names = progress_bar(f"as {b.dtype}", unit="weight", items=hashes_a)
+        hashes_a = {name: whole_sha256(a, name, b.dtypes[name]) for name in names}
         hint = f" ({a.dtype} and {b.dtype}: which was made from which?)"
     differing = [name for name in hashes_a if hashes_a[name] != hashes_b[name]]
     if differing:

@@ -51,13 +51,15 @@ def open_pair(
     where the two do not belong together by the size of their vocabularies.
     """
     ckpt = open_any(ckpt_dir)
-    if tokenizer_path is None and not ckpt.has_tokenizer:
+    own = tokenizer_path is None
+    if own and not ckpt.has_tokenizer:
         raise ValueError(
             f"{ckpt_dir}: no tokenizer in it; give the one that came with the model, a "
             "tokenizer.model or tokenizer.json: --tokenizer_path PATH"
         )
-    own = tokenizer_path is None
-    tokenizer = Tokenizer(ckpt.path, ckpt.files) if own else Tokenizer(tokenizer_path)
+    tokenizer = (
+        Tokenizer(ckpt.path, ckpt.files) if tokenizer_path is None else Tokenizer(tokenizer_path)
+    )
     n_words, n_rows = tokenizer.n_words, ckpt.args.vocab_size
     # Models fill their rows up to a multiple of 64, 128 or 256, large vocabularies of more. What is
     # further off is another model's, as Llama 2's 32,000 tokens beside Mistral's 32,768 rows; of

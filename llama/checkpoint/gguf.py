@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class GGUFFile(Source):
     def __init__(self, path: str | Path) -> None:
         with naming(Path(path)):
             self._data = np.asarray(np.memmap(path, mode="r"))  # ValueError for an empty file
-            meta, tensors = read_header(memoryview(self._data))
+            meta, tensors = read_header(self._data.data)
             factors = tensors.pop(ROPE_FACTORS, None)
             names = meta_names("gguf", tensors)
             self._tensors = {name: tensors[there] for name, there in names.items()}
@@ -169,7 +170,7 @@ class _Cursor:
         self.at += n_bytes
         return self._data[self.at - n_bytes : self.at]
 
-    def number(self, code: str) -> int | float | bool:
+    def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
@@ -208,13 +209,14 @@ class _Cursor:
 def read_header(data: memoryview) -> tuple[dict, dict[str, Tensor]]:
     """The metadata and the tensors' places, every size checked against the file's length."""
     cursor = _Cursor(data)
-    if cursor.take(4) != b"GGUF":
+    if bytes(cursor.take(4)) != b"GGUF":
         raise ValueError("not a GGUF file; of a checkpoint of another format, give the folder")
     version = cursor.number("I")
     if version not in (2, 3):  # the same layout, little-endian
         raise ValueError(f"GGUF version {version} (big-endian?); versions 2 and 3 can be read")
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
-    meta, infos = {}, {}
+    meta: dict = {}
+    infos: dict[str, tuple[list[int], int, int]] = {}
     for _ in range(n_fields):
         _add_once(meta, cursor.string(), cursor.value())
     for _ in range(n_tensors):
@@ -341,14 +343,14 @@ def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict) -> None
     def write(name: str) -> None:
         done = 0
         for block in checked_blocks(source, name):
-            data = memoryview(_packed(block, kinds[name], name)).cast("B")
+            data = _packed(block, kinds[name], name).data.cast("B")
             file.write(name, done, data)
             done += len(data)
 
     write_weights(source, [file], names, write)
     if factors is not None:
         with file:
-            file.write(ROPE_FACTORS, 0, memoryview(factors).cast("B"))
+            file.write(ROPE_FACTORS, 0, factors.data.cast("B"))
 
 
 def _meta_of(args: ModelArgs) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -159,7 +160,7 @@ def _special_ids(meta: dict, kind: str, n_tokens: int) -> dict[str, int]:
     return ids
 
 
-def _get(meta: dict, name: str, kind: type, default: object) -> object:
+def _get(meta: dict, name: str, kind: type, default: object) -> Any:
     """A field of the tokenizer; ValueError if it is there and of another type."""
     value = meta.get(f"tokenizer.ggml.{name}", default)
     if value is not default and type(value) is not kind:

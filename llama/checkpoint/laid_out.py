@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from llama.checkpoint.weights import Source, hash_threads
-from llama.cli import byte_bar
+from llama.cli import progress_bar
 from llama.files import bytes_of, naming_refusals
 
 T = TypeVar("T")
@@ -66,11 +66,12 @@ def write_weights(
     As many weights at a time as torch has threads, the largest first.
     """
     size = {name: math.prod(source.shapes[name]) for name in names}
-    names, found = sorted(size, key=size.get, reverse=True), {}
+    names, found = sorted(size, key=size.__getitem__, reverse=True), {}
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.enter_context(file)
-        bar = stack.enter_context(byte_bar(sum(size.values()) * source.dtype.itemsize))
+        total = sum(size.values()) * source.dtype.itemsize
+        bar = stack.enter_context(progress_bar("writing", total))
         pool = stack.enter_context(hash_threads())
         # What map gives is not kept: when one weight fails, those not yet begun are left out.
         for name, result in zip(names, pool.map(write, names)):

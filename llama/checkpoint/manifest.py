@@ -10,7 +10,7 @@ from them shows in the weights' names, shapes and bytes, and the rest nobody rea
 import dataclasses
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class Manifest:
             )
 
 
-def _has(table: object, kinds: dict[str, type]) -> bool:
+def _has(table: object, kinds: Mapping[str, type]) -> bool:
     """Whether a value is a table of just these keys, with values of these types."""
     return isinstance(table, dict) and {key: type(x) for key, x in table.items()} == kinds
 

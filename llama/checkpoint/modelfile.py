@@ -22,8 +22,8 @@ def modelfile(name: str, vocabulary: dict) -> str:
     if len(lines) == 1 and prefix is not None:
         lines.append(f'TEMPLATE """{prefix}{{{{ .Prompt }}}}"""')
     tokens = vocabulary["tokenizer.ggml.tokens"]
-    ends = {vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
-    lines += [f'PARAMETER stop "{tokens[i]}"' for i in sorted(ends)]
+    ends = {vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
+    lines += [f'PARAMETER stop "{tokens[i]}"' for i in sorted(i for i in ends if i is not None)]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def read_sizes(form: str, config: dict) -> dict:
 
     Raises ValueError, in these words, for a size that is missing or senseless.
     """
-    params = {
+    params: dict = {
         size.meta: positive(config, getattr(size, form), size.whole)
         for size in SIZES
         if size.needed or config.get(getattr(size, form)) is not None
@@ -71,14 +72,14 @@ def context_len(args: ModelArgs) -> int:
     if args.use_scaled_rope:  # Llama 3.1 and later
         return 131072
     if args.rope_theta != ModelArgs.rope_theta:
-        return {500000: 8192, 1000000: 16384}.get(args.rope_theta, 4096)  # Llama 3, Code Llama
+        return {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 4096)  # Llama 3, Code Llama
     biggest_llama1 = args.n_layers == 80 and args.n_kv_heads == args.n_heads
     return 2048 if args.norm_eps == 1e-6 or biggest_llama1 else 4096  # Llama 1; Llama 2
 
 
 def positive(config: dict, key: str, whole: bool = False) -> int | float:
     """A number above 0 (and below 1e12) from a configuration, else ValueError."""
-    value = config.get(key)
+    value: Any = config.get(key)
     kinds = (int,) if whole else (int, float)
     if type(value) not in kinds or not 0 < value < 1e12:
         wanted = "a whole number of 1 or more" if whole else "a number above 0"
@@ -104,7 +105,7 @@ def read_rope(kind: str, scaling: dict) -> dict:
 
     Raises ValueError for numbers that make no sense.
     """
-    params = {"use_scaled_rope": True} if kind == "llama3" else {}
+    params: dict = {"use_scaled_rope": True} if kind == "llama3" else {}
     for name, ours in ROPE_SCALING[kind].items():
         value = positive(scaling, name, whole=ours == "rope_original_len")
         if value != getattr(ModelArgs, ours):

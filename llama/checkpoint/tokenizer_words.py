@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import tokenizers
 
@@ -70,7 +71,8 @@ def _sentencepiece(data: bytes) -> Vocabulary:
         text.replace("▁", " ") if kind == USER_DEFINED else text for text, kind in zip(texts, types)
     ]
     scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
-    words = {"model": "llama", "pre": "default", "add_space_prefix": bool(normalizer.get(3, 1))}
+    words: dict[str, object] = {"model": "llama", "pre": "default"}
+    words["add_space_prefix"] = bool(normalizer.get(3, 1))
     unknown = texts[types.index(UNKNOWN)]
     return Vocabulary(dict(enumerate(zip(texts, types, scores))), words, unknown)
 
@@ -90,7 +92,7 @@ def _tiktoken(data: bytes) -> Vocabulary:
     tokens = {rank: (shown(token), NORMAL, 0.0) for token, rank in ranks.items()}
     for i, name in enumerate(llama3_special_tokens(), len(ranks)):
         tokens[i] = (name, CONTROL, 0.0)
-    merged = (_parts(token, ranks) for token in sorted(ranks, key=ranks.get))
+    merged = (_parts(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
     merges = [f"{shown(parts[0])} {shown(parts[1])}" for parts in merged if len(parts) == 2]
     return Vocabulary(tokens, {"model": "gpt2", "pre": "llama-bpe", "merges": merges})
 
@@ -119,7 +121,9 @@ def _json(data: bytes) -> Vocabulary:
     normal, pre = _steps(content["normalizer"]), _steps(content["pre_tokenizer"])
     known = {name: _steps(json.loads(x.__getstate__())) for name, x in PRE_TOKENIZERS.items()}
     name = next((name for name, steps in known.items() if steps == pre), None)
-    scores, unknown, prefix = {}, None, False
+    scores: dict[str, int] = {}
+    unknown, prefix = None, False
+    words: dict[str, object]
     if not normal and name:
         words = {"model": "gpt2", "pre": name, "merges": [" ".join(pair) for pair in merges]}
     elif model["byte_fallback"]:
@@ -133,7 +137,7 @@ def _json(data: bytes) -> Vocabulary:
     else:
         wanted = " or ".join(PRE_TOKENIZERS)
         raise ValueError(f"normalizer {normal} and pre_tokenizer {pre} are no {wanted} of GGUF's")
-    tokens = {}
+    tokens: dict[int, tuple[str, int, float]] = {}
     for token, i in model["vocab"].items():
         is_byte = unknown is not None and re.fullmatch("<0x[0-9A-F]{2}>", token)
         tokens[i] = (token, BYTE if is_byte else NORMAL, scores.get(token, -len(merges)))
@@ -148,7 +152,8 @@ def _json(data: bytes) -> Vocabulary:
 def _scores(merges: list[list[str]]) -> dict[str, int]:
     """Scores that bring merges into this order; the same for tokens whose merges are mixed."""
     last = {"".join(pair): rank for rank, pair in enumerate(merges)}
-    scores, first, end = {}, 0, -1
+    scores: dict[str, int] = {}
+    first, end = 0, -1
     for rank, token in enumerate(map("".join, merges)):
         if rank > end:  # no token so far has merges from here on
             first = rank
@@ -176,7 +181,7 @@ def _adds_prefix(normal: list[dict], pre: list[dict]) -> bool:
     raise ValueError(f"normalizer {normal} and pre_tokenizer {pre} are not SentencePiece's")
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Number and value of each field of a protobuf message (one that a library has read before)."""
     at = 0
 

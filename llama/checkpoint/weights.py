@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +207,7 @@ class Source:
         path: str | Path,
         params: dict,
         dtype: torch.dtype,
-        files: dict[str, bytes | Path] | None = None,
+        files: Mapping[str, bytes | Path] | None = None,
     ) -> None:
         self.path = Path(path)
         self.params = params
@@ -217,7 +217,7 @@ class Source:
         self.has_hashes = False  # whether check_sha256() knows any
         self.quantised_bytes = 0  # of all weights, where some have less than 16 bits
         self.dtype = dtype
-        self.files = files or {}
+        self.files: Mapping[str, bytes | Path] = files or {}
 
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None

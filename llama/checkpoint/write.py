@@ -6,7 +6,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def write_checkpoint(
         Manifest(source.params, weights, shards, files).write(folder)
 
 
-def write_files(folder: Path, files: dict[str, bytes | Path]) -> None:
+def write_files(folder: Path, files: Mapping[str, bytes | Path]) -> None:
     """Write or copy the files that go along with a model into a folder."""
     for name, content in files.items():
         data = content_of(content)

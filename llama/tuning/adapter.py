@@ -96,11 +96,12 @@ def save_adapter(model: "PeftModel", folder: Path, chat_template: str | None = N
 
 def base_model_facts(model: Transformer | Source) -> dict:
     """Facts that mostly tell one model from another: its sizes, and a hash of its norms."""
+    names = [f"layers.{i}.ffn_norm.weight" for i in range(model.args.n_layers)] + ["norm.weight"]
+    norms: list[torch.Tensor]
     if isinstance(model, Source):
-        names = [f"layers.{i}.ffn_norm.weight" for i in range(model.args.n_layers)]
-        norms = [model.read(name).to(model.dtype) for name in [*names, "norm.weight"]]
+        norms = [model.read(name).to(model.dtype) for name in names]
     else:
-        norms = [block.ffn_norm.weight for block in model.layers] + [model.norm.weight]
+        norms = [model.get_parameter(name) for name in names]
     content = torch.stack([norm.float().cpu() for norm in norms])
     facts = {"dtype": str(norms[0].dtype), "norms_sha256": sha256_of(content)}
     return facts_of(model.args) | facts

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from llama import cli
 from llama.files import check_text, parse_json, read_lines
@@ -109,16 +108,16 @@ def tokenize_dataset(
     cut, too_long = 0, []
     if len(instructions) > 10_000:
         cli.say(f"{path}: making tokens of {len(instructions):,} rows")
-    for row in tqdm(instructions, "tokens", unit="row", disable=not cli.show_bars()):
+    for row in cli.progress_bar("making tokens", unit="row", items=instructions):
         prompt = alpaca_prompt(row["instruction"], row["input"])
         prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
         if len(prompt_ids) >= longest:
             too_long.append(len(prompt_ids))
             continue
         response_ids = _response_ids(tokenizer, prompt, prompt_ids, row["output"])
-        ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
-        cut += len(ids) > longest
-        ids = torch.tensor(ids[:longest], dtype=torch.int32)
+        row_ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
+        cut += len(row_ids) > longest
+        ids = torch.tensor(row_ids[:longest], dtype=torch.int32)
         labels = ids.clone()
         if not train_on_inputs:
             labels[: len(prompt_ids)] = IGNORE

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from llama.cli import check_at_least
 from llama.options import check_dtype
@@ -17,7 +18,7 @@ SCHEDULES = (  # those of transformers that need no settings of their own
 )
 
 
-def option(default: object, at_least: int | None = None, must_stay: bool = False) -> object:
+def option(default: object, at_least: int | None = None, must_stay: bool = False) -> Any:
     """Make a field: its default, its smallest value, whether a resumed run must keep it."""
     return dataclasses.field(
         default=default, metadata={"at_least": at_least, "must_stay": must_stay}

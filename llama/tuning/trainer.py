@@ -2,7 +2,7 @@
 
 import functools
 import math
-import sys
+from collections.abc import Sized
 from pathlib import Path
 
 import peft
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from llama import cli, parallel
@@ -47,13 +48,13 @@ OPTIMIZER = "optimizer.safetensors"
 
 def training_arguments(
     options: TuningOptions, n_rows: int, evaluate: bool, device: torch.device
-) -> transformers.TrainingArguments:
+) -> TrainingArguments:
     """Make the Trainer's arguments from our options."""
     batches = math.ceil(n_rows / options.batch_size)
     steps_an_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     # Counted here, for the bar and the schedule need it: num_train_epochs rounds otherwise.
     steps = max(1, math.ceil(options.num_epochs * steps_an_epoch))
-    return transformers.TrainingArguments(
+    return TrainingArguments(
         output_dir=options.output_dir,
         max_steps=options.max_steps if options.max_steps > 0 else steps,
         per_device_train_batch_size=options.batch_size,
@@ -126,7 +127,7 @@ class PromptTrainer(transformers.Trainer):
                 )
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
-        with tqdm(total=steps, initial=done, unit="step", disable=not cli.show_bars()) as bar:
+        with cli.progress_bar("tuning", steps, "step", done) as bar:
             self.add_callback(Progress(soft_prompt_of(self.model), bar))
             if done < steps:
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -195,7 +196,7 @@ class PromptTrainer(transformers.Trainer):
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | before)
         self.lr_scheduler.step()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(self, checkpoint: str) -> None:
         """Take the random numbers of a checkpoint. The Trainer calls this."""
         torch.set_rng_state(_load_optimizer(Path(checkpoint))["rng"])
 
@@ -221,7 +222,7 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 
 def _is_state(found: dict, step: int) -> bool:
-    kinds = {key: (type(value),) for key, value in vars(TrainerState()).items()}
+    kinds: dict[str, tuple] = {key: (type(value),) for key, value in vars(TrainerState()).items()}
     kinds |= dict.fromkeys(("epoch", "total_flos"), (int, float)) | {"train_batch_size": (int,)}
     typed = found.keys() == kinds.keys() and all(type(found[x]) in kinds[x] for x in kinds)
     return (
@@ -241,12 +242,15 @@ class Progress(transformers.TrainerCallback):
 
     def __init__(self, prompt: torch.nn.Parameter, bar: tqdm) -> None:
         self.prompt, self.bar = prompt, bar
+        self.evaluating: tqdm | None = None  # a bar below the other
 
-    def on_train_begin(self, args, state, control, **_: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: object, **_: object
+    ) -> None:
         # The state of a resumed run holds how often it logged, evaluated and saved: not this one's.
         state.compute_steps(args, state.max_steps)
 
-    def on_step_end(self, args, state, control, **_: object) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         self.bar.update()
         if not self.prompt.isfinite().all():
             raise ValueError(
@@ -254,10 +258,29 @@ class Progress(transformers.TrainerCallback):
                 "take --dtype bfloat16 or float32, or check the model: split_model.py --verify"
             )
 
-    def on_log(self, args, state, control, logs: dict[str, float], **_: object) -> None:
+    def on_prediction_step(
+        self, args: object, state: object, control: object, eval_dataloader: Sized, **_: object
+    ) -> None:
+        if self.evaluating is None:
+            self.evaluating = cli.progress_bar("evaluating", len(eval_dataloader), "batch")
+        self.evaluating.update()
+
+    def on_evaluate(self, args: object, state: object, control: object, **_: object) -> None:
+        if self.evaluating is not None:
+            self.evaluating.close()
+            self.evaluating = None
+        self.bar.unpause()  # the time of an evaluation is no step's
+
+    def on_log(
+        self,
+        args: object,
+        state: TrainerState,
+        control: object,
+        logs: dict[str, float],
+        **_: object,
+    ) -> None:
         facts = ", ".join(f"{key} {value:.4g}" for key, value in logs.items() if key != "epoch")
-        with tqdm.external_write_mode(sys.stderr):  # above the bar, where there is one
-            cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
+        cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
 
 
 def check_unused(output_dir: Path) -> None:
