@@ -55,9 +55,8 @@ def commands(page: str) -> list[list[str]]:
 
 def programs(page: str) -> list[str]:
     """The Python programs of a page, without comments."""
-    return [
-        re.sub(r"(?m) *#.*$", "", text) for language, text in blocks(page) if language == "python"
-    ]
+    found = [text for language, text in blocks(page) if language == "python"]
+    return [re.sub(r"(?m) *#.*$", "", text) for text in found]
 
 
 @pytest.fixture
@@ -80,50 +79,56 @@ def project(tmp_path, monkeypatch):
 
 
 def start(words: list[str], env: dict[str, str], folder: Path) -> subprocess.Popen:
-    """Start a command of the README as it stands, but for SHORTER and HERE."""
-    words = [re.sub("|".join(HERE), lambda found: HERE[found[0]], word) for word in words]
-    script = next(word for word in words if word.endswith(".py"))
-    words += SHORTER.get(script, [])
+    """Start a command of the README as it stands, but for what SHORTER adds."""
+    words += SHORTER.get(next(word for word in words if word.endswith(".py")), [])
     if words[0] == "torchrun":
-        elsewhere = ["--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
-        elsewhere = [] if "--rdzv_endpoint" in words else elsewhere
-        words[:1] = [sys.executable, "-m", "torch.distributed.run", *elsewhere]
+        # A run of one machine takes a port that is free, as other tests may be running.
+        free = [] if "--nnodes" in words else ["--rdzv_backend", "c10d"]
+        free += ["--rdzv_endpoint", "localhost:0"] if free else []
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", *free]
     else:
         words[0] = sys.executable
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(words, cwd=folder, env=env, text=True, **pipes)
 
 
+def check(words: list[str]) -> None:
+    """Look up what a command names that is not run: make's targets, pip's files."""
+    targets = re.findall(r"(?m)^([a-z-]+):", (REPO / "Makefile").read_text())
+    if words[0] == "make":
+        assert set(words[1:]) <= set(targets), words
+    for word in words:
+        assert not word.endswith(".txt") or (REPO / word).is_file(), words
+
+
 def test_every_command_of_the_readme_runs(project):
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    targets = re.findall(r"(?m)^([a-z-]+):", (REPO / "Makefile").read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        HERE["29500"] = str(free.getsockname()[1])
-    together = []  # of several machines
+        here = HERE | {"29500": str(free.getsockname()[1])}
+    of_machines = []  # commands that run at the same time
     for words in commands("README.md"):
+        for there, instead in here.items():
+            words = [word.replace(there, instead) for word in words]
         print(shlex.join(words))
-        while "=" in words[0]:
-            name, _, value = words.pop(0).partition("=")
-            env[name] = HERE.get(value, value)
-        if words[0] == "make":
-            assert set(words[1:]) <= set(targets), words
-        elif words[0] == "pip":
-            files = [word for word in words if word.endswith(".txt")]
-            assert all((REPO / file).is_file() for file in files), words
-        elif words[0] not in NOT_RUN:
-            together.append(start(words, env, project))
-            if "--nnodes" in words and len(together) < int(words[words.index("--nnodes") + 1]):
-                continue
-            said = [process.communicate(timeout=120)[0] for process in together]
-            assert [process.returncode for process in together] == [0] * len(together), said
-            together = []
+        if words[0] == "export":
+            env |= dict(word.split("=") for word in words[1:])
+        elif words[0] in NOT_RUN:
+            check(words)
+        else:
+            assert words[0] in ("python", "torchrun"), words
+            of_machines.append(start(words, env, project))
+            n_machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+            if len(of_machines) == n_machines:
+                said = [process.communicate(timeout=120)[0] for process in of_machines]
+                assert [process.returncode for process in of_machines] == [0] * n_machines, said
+                of_machines = []
+    assert not of_machines
 
-
-def test_the_python_of_the_readme_runs(project, capsys):
-    for program in programs("README.md"):
-        exec(program, {})
-    assert capsys.readouterr().out
+    # in this process; what it loads is there now
+    for page in ("README.md", "docs/generate.md"):
+        for program in programs(page):
+            exec(program, {})
 
 
 SCRIPTS = {"example.py": GenerationOptions, "example_ft.py": TunedGenerationOptions}
