@@ -1,4 +1,4 @@
-"""The READMEs and docs/: commands that run, links that lead somewhere, the same in both languages."""
+"""READMEs and docs: commands that run, links that lead somewhere, two languages that say the same."""
 
 import os
 import re
@@ -126,9 +126,10 @@ def test_every_command_of_the_readme_runs(project):
     assert not of_machines
 
     # in this process; what it loads is there now
+    names: dict = {}
     for page in ("README.md", "docs/generate.md"):
         for program in programs(page):
-            exec(program, {})
+            exec(program, names)
 
 
 SCRIPTS = {"example.py": GenerationOptions, "example_ft.py": TunedGenerationOptions}
