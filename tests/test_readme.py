@@ -1,5 +1,6 @@
 """READMEs and docs: commands that run, links that lead somewhere, two languages that say the same."""
 
+import importlib
 import os
 import re
 import shlex
@@ -132,18 +133,25 @@ def test_every_command_of_the_readme_runs(project):
             exec(program, names)
 
 
-SCRIPTS = {"example.py": GenerationOptions, "example_ft.py": TunedGenerationOptions}
-SCRIPTS |= {"ft_main.py": TuningOptions}
+OPTIONS = {
+    "example.py": GenerationOptions,
+    "example_ft.py": TunedGenerationOptions,
+    "ft_main.py": TuningOptions,
+}
 
 
 @pytest.mark.parametrize("page", [*PAGES[1:], "docs/architecture.md"])
 def test_flags_in_the_docs_exist(page, monkeypatch):
     for words in commands(page):
         script = next((word for word in words if word.endswith(".py")), None)
-        if words[0] in NOT_RUN or script not in SCRIPTS:
-            continue
-        monkeypatch.setattr(sys, "argv", words[words.index(script) :])
-        SCRIPTS[script](**cli.parse_flags(SCRIPTS[script]))
+        if words[0] not in NOT_RUN and script:
+            words = words[words.index(script) :]
+            shell = words.index(">") if ">" in words else len(words)
+            monkeypatch.setattr(sys, "argv", words[:shell])
+            main = OPTIONS.get(script) or importlib.import_module(Path(script).stem).main
+            flags = cli.parse_flags(main)
+            if script in OPTIONS:
+                main(**flags)
 
 
 @pytest.mark.parametrize("page", PAGES)
