@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_origin
 
 import fire
 from tqdm import tqdm
@@ -132,7 +132,8 @@ def parse_flags(main: Callable[..., None]) -> dict:
     if {"--help", "-h"} & set(sys.argv[1:]):
         _show_help(main, parameters)
     names = {name.rstrip("_"): name for name in parameters}
-    flags, waiting = {}, deque(sys.argv[1:])
+    flags: dict[str, Any] = {}
+    waiting = deque(sys.argv[1:])
     while waiting:
         flag, equals, value = waiting.popleft().partition("=")
         name = flag.removeprefix("--").replace("-", "_")
@@ -147,7 +148,10 @@ def parse_flags(main: Callable[..., None]) -> dict:
             if follows.startswith("--"):
                 raise ValueError(f"--{name} needs a value; see --help")
             value = waiting.popleft()
-        flags[names[name]] = _value(parameters[names[name]], value)
+        parsed: Any = _value(parameters[names[name]], value)
+        if get_origin(parameters[names[name]].annotation) is list:  # may be given several times
+            parsed = [*flags.get(names[name], []), parsed]
+        flags[names[name]] = parsed
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in flags:
             raise ValueError(f"--{name.rstrip('_')} is needed; see --help")
@@ -170,6 +174,8 @@ def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Param
 
     # By their names alone, as they are taken here.
     by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
+    by_name.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # first what is needed
+    by_name = [p.replace(default=[]) if "factory" in repr(p.default) else p for p in by_name]
     page_of.__doc__ = main.__doc__
     page_of.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # fire reads it
     os.environ.setdefault("PAGER", "cat")

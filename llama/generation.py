@@ -168,9 +168,9 @@ class LLaMA:
         row, sampler = self._row(prompt, 1, made), self._sampler(made, interrupted)
         return Stream(row.output, (piece for _, piece in self._continue([row], sampler, cache)))
 
-    def check_fits(self, prompt: Prompt) -> None:
-        """Raise ValueError if a prompt leaves no room in max_seq_len."""
-        self._room(self._ids(prompt), 1)
+    def check_fits(self, prompt: Prompt, max_gen_len: int = 1) -> None:
+        """Raise ValueError if a prompt leaves no room in max_seq_len for any token of so many."""
+        self._room(self._ids(prompt), min(max_gen_len, 1))
 
     @property
     def device(self) -> torch.device:
@@ -243,13 +243,15 @@ class LLaMA:
             kv = KVCache(self.model, len(rows), longest)
         else:
             kv, kept = cache.kv, n_kept(cache.ids, rows[0].ids)
-            cache.ids = rows[0].ids
+            cache.ids = cache.ids[:kept]
         began = parallel.now()
         logits = self._prefill(rows, kv, kept, sampler.params.echo)
         prefilled = parallel.now()
         n_read = sum(len(row.ids) for row in rows) - kept
         self.timing.prompt_seconds += prefilled - began
         self.timing.prompt_tokens += n_read
+        if cache is not None:
+            cache.ids = rows[0].ids
         sampler.begin([row.ids for row in rows], logits.shape[1])
         for row in rows:
             row.done = row.limit == 0

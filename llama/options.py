@@ -67,8 +67,8 @@ class GenerationOptions(SamplingParams):
             default what ckpt_dir holds.
         prompt: a prompt; - takes what comes on stdin.
         prompts_file: your prompts, one a line; or a .jsonl file of {"prompt": "..."} lines.
-        messages_file: conversations to answer: a .jsonl file of {"messages": [{"role": "user",
-            "content": "..."}, ...]} lines.
+        messages_file: conversations to answer, a .jsonl file of {"messages": [...]} lines as in
+            OpenAI's API, each of which ends with the user's message.
         chat: talk with the model, in a terminal or by lines on stdin.
         instruct: take each prompt for a user's message in the model's chat template.
         system: the system message of --chat and --instruct.

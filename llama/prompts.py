@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llama import parallel
-from llama.cli import MemoryWatch, counted, say, show_bars, shown
+from llama.cli import MemoryWatch, counted, progress_bar, say, shown
 from llama.files import check_text, parse_json, read_lines
 from llama.generation import LLaMA, Output, Prompt, Timing
 from llama.options import GenerationOptions
@@ -147,7 +147,7 @@ def _make_ready(
     else:
         request.text, request.prompt = text, text
     try:
-        generator.check_fits(request.prompt)
+        generator.check_fits(request.prompt, flags.max_gen_len)
     except ValueError as error:
         say(f"left out: {_name(request)} {error}")
         if flags.json:
@@ -202,7 +202,7 @@ class TokenBar(threading.Thread):
     def __init__(self, timing: Timing) -> None:
         super().__init__(daemon=True)
         self.timing, self.ended = timing, threading.Event()
-        self.bar = tqdm(unit=" tokens", disable=not show_bars(), leave=False)
+        self.bar = progress_bar("generating", unit=" tokens")
 
     def run(self) -> None:
         while not self.ended.wait(0.2):

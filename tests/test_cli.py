@@ -15,7 +15,7 @@ SCRIPTS = ["split_model.py", "convert_model.py", "example.py", "example_ft.py", 
 
 
 def script(ckpt_dir: str, from_: str = "x", n: int | None = None, top_p: float = 0.5,
-           verify: bool = False) -> None:  # fmt: skip
+           verify: bool = False, stop: list[str] = ()) -> None:  # fmt: skip
     """Do nothing.
 
     Args:
@@ -46,6 +46,7 @@ def parse(monkeypatch, *arguments):
         (["--ckpt_dir", "a", "--from", "-"], {"from_": "-"}),
         (["--ckpt_dir", "a", "--top_p", "1"], {"top_p": 1.0}),
         (["--ckpt_dir", "a", "--top_p", "-1e-3"], {"top_p": -1e-3}),
+        (["--ckpt_dir", "a", "--stop", "b", "--stop=c d"], {"stop": ["b", "c d"]}),
         (["--verify", "--ckpt_dir", "a"], {"verify": True}),
         (["--verify", "False", "--ckpt_dir", "a"], {"verify": False}),
     ],

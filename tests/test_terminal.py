@@ -25,7 +25,7 @@ BARS = {  # what each script shows
     "example.py": ["checking", "loading"],
     "example_ft.py": ["checking", "loading"],
 }
-RESULTS = dict.fromkeys(BARS, "/") | {"example.py": "one", "example_ft.py": "one"}
+RESULTS = dict.fromkeys(BARS, "/") | {"example.py": "one", "example_ft.py": "user: one"}
 
 
 def terminal(columns: int = 100) -> tuple[int, int]:

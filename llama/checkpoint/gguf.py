@@ -63,10 +63,7 @@ LLAMA3_ROPE = {
     "low_freq_factor": "llama.rope.scaling.low_freq_factor",
     "high_freq_factor": "llama.rope.scaling.high_freq_factor",
 }
-HALF_TYPES = {
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
+HALF_TYPES = {WRITTEN[x][0]: getattr(torch, x) for x in ("float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
