@@ -1,4 +1,4 @@
-"""READMEs and docs: commands that run, links that lead somewhere, two languages that say the same."""
+"""READMEs and docs: commands run, links lead somewhere, both languages say the same."""
 
 import importlib
 import os
@@ -168,6 +168,13 @@ def test_both_languages_have_the_same_commands_messages_and_links(page):
 def test_a_readme_is_short():
     for page in (PAGES[0], CHINESE[PAGES[0]]):
         assert len((REPO / page).read_text(encoding="utf-8").splitlines()) <= LONGEST, page
+
+
+def test_every_file_of_the_package_has_a_line():
+    page = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
+    for path in (REPO / "llama").rglob("*.*"):
+        if "__" not in str(path.relative_to(REPO)):
+            assert f"`{path.name}`" in page, path
 
 
 def test_links_lead_somewhere():
