@@ -4,19 +4,26 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llama.chat import Chat
     from llama.generation import LLaMA, Output
     from llama.model import ModelArgs, Transformer
+    from llama.options import SamplingParams
+    from llama.template import ChatTemplate
     from llama.tokenizer import Tokenizer
 
 # Importing torch takes seconds: what only shows help or mends a flag does not wait for it.
 _HOMES = {
+    "Chat": "llama.chat",
+    "ChatTemplate": "llama.template",
     "LLaMA": "llama.generation",
     "Output": "llama.generation",
     "ModelArgs": "llama.model",
+    "SamplingParams": "llama.options",
     "Transformer": "llama.model",
     "Tokenizer": "llama.tokenizer",
 }
-__all__ = ["LLaMA", "ModelArgs", "Output", "Tokenizer", "Transformer"]
+__all__ = ["Chat", "ChatTemplate", "LLaMA", "ModelArgs", "Output", "SamplingParams"]
+__all__ += ["Tokenizer", "Transformer"]
 
 
 def __getattr__(name: str) -> object:

@@ -4,20 +4,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llama.generation import LLaMA, Output, PromptCache, Stream
+from llama.options import SamplingParams
 from llama.template import ChatTemplate
 
 
 class Chat:
     """Turns of a user and a model, in a template. Used on every rank alike.
 
-    params: those of LLaMA.generate, for every answer. When the context is full the oldest turns
-    are left out, never the system message; .n_dropped says how many turns that were so far.
+    template: by default the tokenizer's own, or that of models like it. params: those of
+    LLaMA.generate, for every answer. When the context is full the oldest turns are left out, never
+    the system message; .n_dropped says how many turns that were so far.
     """
 
     def __init__(
-        self, generator: LLaMA, template: ChatTemplate, system: str | None = None, **params: Any
+        self,
+        generator: LLaMA,
+        template: ChatTemplate | None = None,
+        system: str | None = None,
+        **params: Any,
     ) -> None:
-        self.generator, self.template, self.params = generator, template, params
+        self.generator, self.params = generator, SamplingParams(**params)
+        self.template = template or ChatTemplate.of(generator.tokenizer)
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.cache = PromptCache(generator)
         self.output = Output()  # of the last answer
@@ -47,7 +54,7 @@ class Chat:
         try:
             conversation, ids = self._fitting()
             stream = self.generator.stream(
-                ids, cache=self.cache, interrupted=interrupted, **self.params
+                ids, self.params, cache=self.cache, interrupted=interrupted
             )
         except ValueError:
             self.turns, self.n_dropped = before
@@ -56,30 +63,43 @@ class Chat:
         return self._answer(stream, conversation, ids)
 
     def _answer(self, stream: Stream, conversation: str, ids: list[int]) -> Iterator[str]:
-        yield from stream
-        answer = self.output.text
-        self.turns.append({"role": "assistant", "content": answer})
-        self._asked, self._answered = conversation, self.template.guard(answer)
-        self._ids = ids + self.output.token
+        whole = False
+        try:
+            yield from stream
+            # Behind a stop string the model wrote more than its text has.
+            whole = not (self.params.stop and stream.output.finish_reason == "stop")
+        finally:  # also where nobody reads on: a question without an answer fits no template
+            answer = stream.output.text
+            self.turns.append({"role": "assistant", "content": answer})
+            self._asked, self._answered = conversation, self.template.guard(answer)
+            self._ids = ids + stream.output.token if whole else []
 
     def _fitting(self) -> tuple[str, list[int]]:
         """The conversation as a text and as ids, without the turns for which there is no room."""
         room = self.generator.max_seq_len - self.generator.num_virtual_tokens
-        conversation, ids = self._read()
-        if len(ids) + min(self.params["max_gen_len"], room // 4) > room:
+        conversation, ids = self._read(self.turns)
+        longest = room - min(self.params.max_gen_len, room // 4)
+        if len(ids) > longest:
             # To half, as what is left must be read again: not at every turn from now on.
-            while len(ids) > room // 2 and len(self.turns) > 1:
+            if len(self._read(self.turns[-1:])[1]) < room // 2:
+                longest = room // 2
+            while len(ids) > longest and len(self.turns) > 1:
                 del self.turns[:2]  # a question and its answer
                 self.n_dropped += 1
-                conversation, ids = self._read()
+                conversation, ids = self._read(self.turns)
         return conversation, ids
 
-    def _read(self) -> tuple[str, list[int]]:
-        text = self.template.text(self.messages)
+    def _read(self, turns: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """Some turns as a text and as ids, with those of the last answer as they were written."""
+        text = self.template.text([*self.system, *turns])
+        ids = self.template.encode(text)
         if self._ids and text.startswith(self._asked):
-            # Templates strip answers, or put a space before them.
-            rest = text[len(self._asked) :].lstrip()
+            rest = text[len(self._asked) :]
             for answer in (self._answered.lstrip(), self._answered.strip()):
-                if rest.startswith(answer):
-                    return text, self._ids + self.template.encode(rest[len(answer) :])
-        return text, self.template.encode(text)
+                # Templates strip answers, or put a space before them.
+                if rest.lstrip().startswith(answer):
+                    end = len(text) - len(rest.lstrip()) + len(answer)
+                    before = self.template.encode(text[:end])
+                    if ids[: len(before)] == before:  # no token lies across the answer's end
+                        return text, self._ids + ids[len(before) :]
+        return text, ids

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, get_origin
 
 import fire
@@ -24,7 +26,6 @@ from tqdm import tqdm
 # Seconds that a silent rank waits before it exits: torchrun ends all ranks once one has exited, and
 # the one that speaks needs time to.
 SILENT_EXIT_DELAY = 5.0
-INTERRUPT_DELAY = 3.0  # seconds in which an interrupted run tidies up
 LOST_PEER = (  # as gloo and nccl word it
     "Connection closed by peer",
     "Connection reset by peer",
@@ -50,11 +51,15 @@ def run(main: Callable[..., None], options: type | None = None) -> None:
         _end_interrupted()
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """End as Python does at Ctrl-C, also where a library takes the exception for its own."""
-    ending = threading.Timer(INTERRUPT_DELAY, _end_interrupted)
-    ending.daemon = True
-    ending.start()
+def _interrupt(_: int, frame: FrameType | None) -> NoReturn:
+    """End as Python does at Ctrl-C, or at once where something is being imported.
+
+    Then nothing is to be tidied, and a library might take the exception for its own.
+    """
+    while frame is not None:
+        if "importlib" in frame.f_code.co_filename:
+            _end_interrupted()
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
@@ -175,7 +180,7 @@ def _show_help(main: Callable[..., None], parameters: Mapping[str, inspect.Param
     # By their names alone, as they are taken here.
     by_name = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
     by_name.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # first what is needed
-    by_name = [p.replace(default=[]) if "factory" in repr(p.default) else p for p in by_name]
+    by_name = [p.replace(default=[]) if get_origin(p.annotation) is list else p for p in by_name]
     page_of.__doc__ = main.__doc__
     page_of.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # fire reads it
     os.environ.setdefault("PAGER", "cat")
@@ -205,6 +210,14 @@ def say(message: str) -> None:
     if _RANK == 0:
         with tqdm.external_write_mode(sys.stderr):  # above the bar, where there is one
             print(shown(message, 2000, ending=500), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a part of a result on stdout, by rank 0; a terminal gets no control characters."""
+    if _RANK == 0:
+        if sys.stdout.isatty():  # which would obey what a model writes
+            text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+        print(text, end="", flush=True)
 
 
 def show_bars() -> bool:

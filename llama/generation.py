@@ -1,5 +1,6 @@
 """LLaMA: a model, its tokenizer, and text from them over all ranks of a run."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -80,7 +81,19 @@ class PromptCache:
 
     def __init__(self, llama: "LLaMA") -> None:
         self.kv = KVCache(llama.model, 1, llama.max_seq_len)
+        self.soft_prompt: torch.Tensor | None = None
         self.ids: list[int] = []  # what it holds, behind the tuned prompt
+
+    def keep(self, ids: list[int], soft_prompt: torch.Tensor | None) -> int:
+        """Keep what a prompt of these ids begins with; how many tokens that are.
+
+        The last one is read in any case: what comes after it is wanted.
+        """
+        if soft_prompt is not self.soft_prompt:
+            self.ids, self.soft_prompt = [], soft_prompt
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1]))
+        self.ids = [token for token, _ in pairs]
+        return len(self.ids)
 
 
 @dataclass
@@ -114,12 +127,14 @@ class LLaMA:
         """
         began = time.perf_counter()
         wanted = parse_dtype(dtype)
-        check_at_least(1, max_seq_len=max_seq_len or 1, max_batch_size=max_batch_size)
+        check_at_least(1, max_batch_size=max_batch_size)
         end_with_torchrun()
         device = parallel.setup()
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
         made_for = ckpt.args.context_len or LONGEST_CONTEXT
-        max_seq_len = max_seq_len or min(made_for, LONGEST_CONTEXT)
+        if max_seq_len is None:
+            max_seq_len = min(made_for, LONGEST_CONTEXT)
+        check_at_least(1, max_seq_len=max_seq_len)
         if ckpt.args.context_len and max_seq_len > made_for:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
         model = load_model(ckpt, device, wanted)
@@ -130,9 +145,10 @@ class LLaMA:
         """Continue each prompt until its end of sequence, max_gen_len tokens or max_seq_len.
 
         A prompt is a text, or its token ids, taken as they are: tokenizer.encode(…,
-        special_tokens=True) makes those of a text with special tokens in it. What follows are
-        SamplingParams's: max_gen_len, temperature, top_p, seed, …; with n, each prompt has n
-        outputs, side by side. Raises ValueError for a prompt that leaves no room in max_seq_len,
+        special_tokens=True) makes those of a text with special tokens in it. What follows is a
+        SamplingParams, or what makes one: max_gen_len, temperature, top_p, seed, top_k, min_p,
+        repetition_penalty, stop, n, logprobs, echo. With n, each prompt has n outputs, side by
+        side. Raises ValueError for a prompt that leaves no room in max_seq_len,
         before any work is done, for logits that are NaN or infinite, and for files of weights
         that changed meanwhile.
         """
@@ -144,8 +160,9 @@ class LLaMA:
             raise ValueError("prompts must be a list: generate([prompt]), or stream(prompt)")
         if not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
-        made = SamplingParams(*args, **params)
-        rows = [self._row(x, i, made) for i, x in enumerate(prompts, 1) for _ in range(made.n)]
+        made, rows = SamplingParams.of(*args, **params), []
+        for number, prompt in enumerate(prompts, 1):
+            rows += [self._row(prompt, f"prompt {number}", made) for _ in range(made.n)]
         return self._in_batches(rows, self._sampler(made))
 
     def stream(
@@ -162,10 +179,10 @@ class LLaMA:
         that begins with an earlier one and its continuation is read from there. interrupted: asked
         on rank 0 before each token, whether to end here.
         """
-        made = SamplingParams(*args, **params)
-        if made.n != 1:
-            raise ValueError(f"n must be 1 in a stream, not {made.n}")
-        row, sampler = self._row(prompt, 1, made), self._sampler(made, interrupted)
+        made = SamplingParams.of(*args, **params)
+        if made.n != 1 or (made.echo and cache):
+            raise ValueError("a stream has one continuation, and no echo where it keeps a cache")
+        row, sampler = self._row(prompt, "the prompt", made), self._sampler(made, interrupted)
         return Stream(row.output, (piece for _, piece in self._continue([row], sampler, cache)))
 
     def check_fits(self, prompt: Prompt, max_gen_len: int = 1) -> None:
@@ -183,15 +200,15 @@ class LLaMA:
     def _ids(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _row(self, prompt: Prompt, number: int, params: SamplingParams) -> Row:
+    def _row(self, prompt: Prompt, name: str, params: SamplingParams) -> Row:
         """A prompt made ready; ValueError, naming it, for one that cannot be continued."""
         tokenizer, ids = self.tokenizer, self._ids(prompt)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        name = f"prompt {number} ({shown(text, 40)!r})"
+        name = f"{name} ('{shown(text, 40)}')"
         try:
             limit = min(params.max_gen_len, self._room(ids, min(params.max_gen_len, 1)))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name} {error}") from None
         output = Output()
         output.timing.prompt_tokens = len(ids)
         row = Row(name, ids, limit, TextStream(tokenizer, ids, params.stop), output)
@@ -203,7 +220,7 @@ class LLaMA:
         """How many tokens may follow these; ValueError if they are fewer than needed."""
         virtual = self.num_virtual_tokens
         if not ids and not virtual:
-            raise ValueError("no token to start from")
+            raise ValueError("has no token to start from")
         room = self.max_seq_len - virtual - len(ids)
         if room < needed:
             tuned = f", the tuned prompt {virtual}" if virtual else ""
@@ -242,8 +259,7 @@ class LLaMA:
             longest = max(length + row.limit for length, row in zip(lengths, rows))
             kv = KVCache(self.model, len(rows), longest)
         else:
-            kv, kept = cache.kv, n_kept(cache.ids, rows[0].ids)
-            cache.ids = cache.ids[:kept]
+            kv, kept = cache.kv, cache.keep(rows[0].ids, self.soft_prompt)
         began = parallel.now()
         logits = self._prefill(rows, kv, kept, sampler.params.echo)
         prefilled = parallel.now()
@@ -256,27 +272,28 @@ class LLaMA:
         for row in rows:
             row.done = row.limit == 0
             row.output.timing.prompt_seconds = prefilled - began
-        while not all(row.done for row in rows):
-            next_ids = sampler.next_ids(logits)
-            tokens = next_ids.tolist()
-            if sampler.params.logprobs is not None:
-                self._add_logprobs(rows, tokens, logits, sampler.params.logprobs)
-            for row, token in zip(rows, tokens):
-                if not row.done:
-                    piece = self._take(row, token)
-                    if row.done:
-                        row.output.timing.generated_seconds = parallel.now() - prefilled
-                        self.timing.generated_tokens += len(row.output.token)
-                    if piece:
-                        yield row, piece
-            if all(row.done for row in rows):
-                break
-            if cache is not None:
-                cache.ids = rows[0].ids + rows[0].output.token
-            logits = self._decode_one_token(next_ids, lengths, kv)
-            # A finished row stays in the batch: it writes again and again where it ended.
-            lengths = [length + (not row.done) for length, row in zip(lengths, rows)]
-        self.timing.generated_seconds += parallel.now() - prefilled
+        try:
+            while not all(row.done for row in rows):
+                next_ids = sampler.next_ids(logits)
+                tokens = next_ids.tolist()
+                if sampler.params.logprobs is not None:
+                    self._add_logprobs(rows, tokens, logits, sampler.params.logprobs)
+                for row, token in zip(rows, tokens):
+                    if not row.done:
+                        piece = self._take(row, token)
+                        if row.done:
+                            row.output.timing.generated_seconds = parallel.now() - prefilled
+                        if piece:
+                            yield row, piece
+                if all(row.done for row in rows):
+                    break
+                logits = self._decode_one_token(next_ids, lengths, kv)
+                if cache is not None:
+                    cache.ids = rows[0].ids + rows[0].output.token
+                # A finished row stays in the batch: it writes again and again where it ended.
+                lengths = [length + (not row.done) for length, row in zip(lengths, rows)]
+        finally:
+            self.timing.generated_seconds += parallel.now() - prefilled
         if self.ckpt is not None:
             self.ckpt.check_unchanged()
 
@@ -296,6 +313,7 @@ class LLaMA:
         else:
             output.token.append(token)
             output.timing.generated_tokens += 1
+            self.timing.generated_tokens += 1
             piece = row.text.add(token)
             row.done = row.text.stopped or len(output.token) == row.limit
         if row.done:
@@ -311,9 +329,11 @@ class LLaMA:
         """Note the log-probability of each row's next token, and those of the likeliest ids."""
         logprobs = logits.log_softmax(dim=-1)  # (bsz, vocab_size)
         values, ids = (found.tolist() for found in logprobs.topk(min(top, logits.shape[1])))
+        places = torch.tensor(tokens, device=logits.device).clamp(min=0)[:, None]
+        chosen = logprobs.gather(1, places)[:, 0].tolist()
         for i, (row, token) in enumerate(zip(rows, tokens)):
             if not row.done and token >= 0 and token not in self.tokenizer.stop_ids:
-                row.logprobs.append(logprobs[i, token].item())
+                row.logprobs.append(chosen[i])
                 row.top_logprobs.append(dict(zip(ids[i], values[i])))
 
     def _prefill(self, rows: list[Row], kv: KVCache, kept: int, echo: bool) -> torch.Tensor:
@@ -353,12 +373,6 @@ class LLaMA:
     def _decode_one_token(self, ids: torch.Tensor, lengths: list[int], kv: KVCache) -> torch.Tensor:
         h = self.model.hidden_states(ids[:, None], cache=kv, start_pos=lengths)
         return self.model.gather_logits(h[:, -1])
-
-
-def n_kept(before: list[int], now: list[int]) -> int:
-    """How many ids two prompts begin with alike, but for the last one, whose logits are needed."""
-    pairs = zip(before, now[:-1])
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(now) - 1))
 
 
 def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:

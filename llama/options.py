@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llama.cli import check_at_least
 
@@ -12,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class SamplingParams:
-    """How a continuation is drawn, when it ends, and what is told of it.
+    """How a continuation is drawn, when it ends, and which log-probabilities come with it.
 
     repetition_penalty, temperature, top_k, top_p and min_p are applied in this order, and mean what
     they mean in transformers. Raises ValueError, naming the flag, for what makes no sense.
@@ -30,7 +31,18 @@ class SamplingParams:
     logprobs: int | None = None  # log-probabilities: of the chosen token, and of so many others
     echo: bool = False  # log-probabilities of the prompt's tokens
 
+    @classmethod
+    def of(cls, *args: Any, **params: Any) -> "SamplingParams":
+        """Those that are given, changed by params, or else made of the arguments."""
+        if args and isinstance(args[0], SamplingParams):
+            return dataclasses.replace(*args, **params)
+        return cls(*args, **params)
+
     def __post_init__(self) -> None:
+        for name in ("max_gen_len", "top_k", "n", "logprobs", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"--{name} must be a whole number, not {value!r}")
         check_at_least(0 if self.echo else 1, max_gen_len=self.max_gen_len)
         check_at_least(0, top_k=self.top_k)
         check_at_least(1, n=self.n)
@@ -50,7 +62,7 @@ class SamplingParams:
         # torch's generator on a CPU takes no more
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be from 0 to 2**32 - 1, not {self.seed}")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(x, str) and x for x in self.stop):
             raise ValueError(f"--stop must be strings of at least one character, not {self.stop!r}")
 
 
@@ -125,6 +137,8 @@ class GenerationOptions(SamplingParams):
                 "--messages_file: its messages are in a template already; leave out --instruct "
                 "and --special_tokens"
             )
+        if self.instruct and self.special_tokens:
+            raise ValueError("--instruct and --special_tokens: give one of them")
         if self.system is not None and not (self.chat or self.instruct):
             raise ValueError("--system goes with --chat or --instruct")
         if (self.logprobs is not None or self.echo) and not self.json:

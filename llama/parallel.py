@@ -134,9 +134,10 @@ def gather_objects(value: object) -> list:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What make() gives on rank 0, which JSON must hold, on every rank; however long that takes.
+    """Call make() on rank 0 and give its value, which JSON must hold, or its ValueError, on all.
 
-    A collective would give up waiting after some minutes, and a user may think for longer.
+    However long that takes: a collective would give up waiting after some minutes, and a user may
+    think for longer.
     """
     global _n_given
     if _store is None or world_size() == 1:
@@ -144,9 +145,16 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
     _n_given += 1
     key = f"llama/given/{_n_given}"
     if rank() == 0:
-        _store.set(key, json.dumps(make()))
+        try:
+            given = {"value": make()}
+        except ValueError as error:
+            given = {"error": str(error)}
+        _store.set(key, json.dumps(given))
     _store.wait([key], timedelta(days=365))
-    return json.loads(_store.get(key))
+    given = json.loads(_store.get(key))
+    if "error" in given:
+        raise ValueError(given["error"])
+    return given["value"]
 
 
 def now() -> float:

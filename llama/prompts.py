@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llama import parallel
-from llama.cli import MemoryWatch, counted, progress_bar, say, shown
+from llama.cli import MemoryWatch, counted, progress_bar, say, show, shown
 from llama.files import check_text, parse_json, read_lines
 from llama.generation import LLaMA, Output, Prompt, Timing
 from llama.options import GenerationOptions
@@ -32,6 +32,7 @@ class Request:
     given: dict  # as in the file: {"prompt": …} or {"messages": […]}
     text: str = ""  # to print before the continuation
     prompt: Prompt = field(default_factory=list)  # what the generator takes
+    error: str = ""  # why it cannot be continued
 
 
 def read_requests(flags: GenerationOptions, examples: Path | None = None) -> list[Request]:
@@ -46,12 +47,18 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
     prompts: list[str]
     if flags.prompt == "-":
         parallel.setup()  # rank 0 alone reads
-        prompts = [parallel.from_rank_0(lambda: sys.stdin.read(LONGEST_STDIN))]
+        prompts = [parallel.from_rank_0(read_stdin)]
     elif flags.prompt is not None:
         prompts = [flags.prompt]
     else:
         prompts = read_prompts(flags.prompts_file or examples)
     return [Request({"prompt": check_text("--prompt", "prompt", x)}) for x in prompts]
+
+
+def read_stdin() -> str:
+    """What comes on stdin, without the line end that echo puts behind it."""
+    text = sys.stdin.read(LONGEST_STDIN) if sys.stdin is not None else ""
+    return text.removesuffix("\n")
 
 
 def read_prompts(path: str | Path | None) -> list[str]:
@@ -100,26 +107,33 @@ def complete(
 
     template: what prompts are put into. None leaves them, with --instruct it is the tokenizer's.
     """
+    if template and flags.special_tokens:
+        raise ValueError("--special_tokens is for prompts as they are: give --raw too")
     if flags.instruct or flags.messages_file:
         template = template or template_of(generator)
     elif template is None and generator.tokenizer.chat_template is not None:
         say("this model has a chat template; prompts are sent without it (--instruct uses it)")
-    ready = [request for request in requests if _make_ready(request, generator, flags, template)]
+    for request in requests:
+        _make_ready(request, generator, flags, template)
+    ready = [request.prompt for request in requests if not request.error]
     if not ready:
         raise ValueError("no prompt is left to continue")
-    if flags.json or len(ready) > 1 or flags.n > 1:
-        outputs = generator.outputs([request.prompt for request in ready], **flags.sampling())
+    if flags.json or len(requests) > 1 or flags.n > 1:
+        outputs = generator.outputs(ready, **flags.sampling())
         with TokenBar(generator.timing) as bar:
-            for i, output in enumerate(outputs):
-                with bar.paused():
-                    _print(ready[i // flags.n], output, flags)
+            for request in requests:
+                # One that is left out has one line too, so that all are in the prompts' order.
+                for _ in range(1 if request.error else flags.n):
+                    output = None if request.error else next(outputs)
+                    with bar.paused():
+                        _print(request, output, flags)
     else:
-        stream = generator.stream(ready[0].prompt, **flags.sampling())
-        _write(ready[0].text)
+        stream = generator.stream(ready[0], **flags.sampling())
+        show(requests[0].text)
         for piece in stream:
-            _write(piece)
-        _write(SEPARATOR)
-        _tell_if_cut(ready[0], stream.output, flags)
+            show(piece)
+        show(SEPARATOR)
+        _tell_if_cut(requests[0], stream.output, flags)
 
 
 def template_of(generator: LLaMA) -> ChatTemplate:
@@ -132,8 +146,8 @@ def template_of(generator: LLaMA) -> ChatTemplate:
 
 def _make_ready(
     request: Request, generator: LLaMA, flags: GenerationOptions, template: ChatTemplate | None
-) -> bool:
-    """Fill in a request's prompt and text. One that is too long is named, and left out."""
+) -> None:
+    """Fill in a request's prompt and text, or its error: one that is too long is left out."""
     messages, text = request.given.get("messages"), request.given.get("prompt", "")
     if template is not None:
         if messages is None:
@@ -149,23 +163,24 @@ def _make_ready(
     try:
         generator.check_fits(request.prompt, flags.max_gen_len)
     except ValueError as error:
-        say(f"left out: {_name(request)} {error}")
-        if flags.json:
-            _write(json.dumps(request.given | {"error": str(error)}, ensure_ascii=False) + "\n")
-        return False
-    return True
+        request.error = f"{_name(request)} {error}"
+        say(f"left out: {request.error}")
 
 
 def _name(request: Request) -> str:
     given = request.given
     text = given["prompt"] if "prompt" in given else given["messages"][-1]["content"]
-    return f"prompt {shown(text, 40)!r}"
+    return f"prompt '{shown(text, 40)}'"
 
 
-def _print(request: Request, output: Output, flags: GenerationOptions) -> None:
-    """Print a completion: as text, or with --json as one line."""
+def _print(request: Request, output: Output | None, flags: GenerationOptions) -> None:
+    """Print a completion, or with --json one line of it or of the request's error."""
+    if output is None:
+        if flags.json:
+            _print_json(request.given | {"error": request.error})
+        return
     if not flags.json:
-        _write(request.text + output.text + SEPARATOR)
+        show(request.text + output.text + SEPARATOR)
         _tell_if_cut(request, output, flags)
         return
     found: dict[str, Any] = {
@@ -179,7 +194,11 @@ def _print(request: Request, output: Output, flags: GenerationOptions) -> None:
     timings = dataclasses.asdict(output.timing)
     del timings["load_seconds"]
     found["timings"] = {name: round(value, 6) for name, value in timings.items()}
-    _write(json.dumps(request.given | found, ensure_ascii=False) + "\n")
+    _print_json(request.given | found)
+
+
+def _print_json(found: dict) -> None:
+    show(json.dumps(found, ensure_ascii=False) + "\n")
 
 
 def _tell_if_cut(request: Request, output: Output, flags: GenerationOptions) -> None:
@@ -189,11 +208,6 @@ def _tell_if_cut(request: Request, output: Output, flags: GenerationOptions) -> 
             f"{_name(request)} was cut short after {counted(n, 'token')}: --max_seq_len "
             f"{flags.max_seq_len} is full"
         )
-
-
-def _write(text: str) -> None:
-    if parallel.rank() == 0:
-        print(text, end="", flush=True)
 
 
 class TokenBar(threading.Thread):

@@ -6,9 +6,13 @@ import re
 from collections.abc import Sequence, Sized
 from typing import Any
 
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llama import parallel
 from llama.cli import shown, time_limit
 from llama.tokenizer import Tokenizer
 
@@ -88,13 +92,19 @@ class ChatTemplate:
 
         Raises ValueError for a template that fails; one that hangs ends the program.
         """
-        guarded = [message | {"content": self.guard(message["content"])} for message in messages]
-        return render(self.source, guarded, self.tokenizer.words)
+        guarded = [
+            {key: value if key == "role" else self.guard(value) for key, value in message.items()}
+            for message in messages
+        ]
+        # On rank 0: it may ask for the date, and the clocks of machines differ.
+        return parallel.from_rank_0(lambda: render(self.source, guarded, self.tokenizer.words))
 
-    def guard(self, content: str) -> str:
-        """A message's content with a MARK in each name of a special token, which is then none."""
-        content = content.replace(MARK, "")
-        return self._special.sub(lambda found: found[0][:1] + MARK + found[0][1:], content)
+    def guard(self, value: Any) -> Any:
+        """A text of a message with a MARK in each name of a special token, which is then none."""
+        if not isinstance(value, str):
+            return value
+        value = value.replace(MARK, "")
+        return self._special.sub(lambda found: found[0][:1] + MARK + found[0][1:], value)
 
     def encode(self, text: str) -> list[int]:
         """The ids of what text() gave: its special tokens are the template's own."""
@@ -123,19 +133,22 @@ def check_messages(where: str, messages: object) -> Messages:
     return messages
 
 
-def render(source: str, messages: Messages, words: dict[str, str]) -> str:
+def render(source: str, messages: Messages, words: dict[str, str], dated: bool = True) -> str:
     """Run a chat template as transformers does, with names of special tokens as words.
 
-    Raises ValueError for a template that fails; one that hangs ends the program.
+    dated: whether it may ask for the date. Raises ValueError for a template that fails; one that
+    hangs ends the program.
     """
 
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    jinja.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
+    extensions = ["jinja2.ext.loopcontrols", GenerationTag]
+    jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    jinja.filters["tojson"] = to_json
     jinja.globals["raise_exception"] = refuse
-    jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    if dated:
+        jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     slow = f"after {TIME_LIMIT} s the chat template still runs"
     given = {"add_generation_prompt": True, "tools": None, "documents": None} | words
     try:
@@ -143,6 +156,30 @@ def render(source: str, messages: Messages, words: dict[str, str]) -> str:
             return jinja.from_string(source).render(messages=messages, **given)
     except Exception as error:
         raise ValueError(f"the chat template fails: {shown(str(error))}") from None
+
+
+def to_json(
+    x: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers gives it to templates; jinja2's own escapes HTML."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+class GenerationTag(Extension):
+    """{% generation %}: in training it marks what a model is to learn, here nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """Take what is inside for what it is."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

@@ -3,23 +3,26 @@
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from llama import parallel
 from llama.chat import Chat
-from llama.cli import counted, say
+from llama.cli import counted, say, show
 from llama.files import write_whole
 
-HELP = """/help            this
+HELP = """\
+/help            this
 /reset           forget the conversation
-/save FILE       write it, as --messages_file has them
+/save FILE       write it as a line of JSON
 Ctrl-C           stop an answer
 Ctrl-D           end"""
+ESCAPES = r"\x1b(\[[0-9;]*[ -/]*[@-~]|O.|.)?"  # what keys without a character send
 
 
 class Terminal:
@@ -44,28 +47,17 @@ class Terminal:
                 except EOFError:
                     return None
 
-    @contextlib.contextmanager
-    def watched_for_ctrl_c(self) -> Iterator[Callable[[], bool]]:
-        """Give a function that tells whether Ctrl-C was typed, which then interrupts nothing.
-
-        As a signal it would reach torchrun, and end all ranks.
-        """
+    def ctrl_c(self) -> bool:
+        """Whether Ctrl-C was typed while an answer was written. Keeps what else was typed."""
         file = sys.stdin.fileno()
-        before, mode = termios.tcgetattr(file), termios.tcgetattr(file)
-        mode[3] &= ~(termios.ICANON | termios.ECHO)  # give each character at once
-        mode[6][termios.VINTR] = b"\0"  # no character is a signal
-
-        def typed() -> bool:
-            ready, _, _ = select.select([file], [], [], 0)
-            text = os.read(file, 1024).decode(errors="ignore") if ready else ""
-            self.typed += "".join(filter(str.isprintable, text))
-            return "\x03" in text
-
-        termios.tcsetattr(file, termios.TCSADRAIN, mode)
-        try:
-            yield typed
-        finally:
-            termios.tcsetattr(file, termios.TCSADRAIN, before)
+        ready, _, _ = select.select([file], [], [], 0)
+        text = os.read(file, 1 << 16).decode(errors="ignore") if ready else ""
+        for character in re.sub(ESCAPES, "", text):
+            if character in "\x7f\b":
+                self.typed = self.typed[:-1]
+            elif character.isprintable():
+                self.typed += character
+        return "\x03" in text
 
 
 def talk(chat: Chat) -> None:
@@ -74,7 +66,7 @@ def talk(chat: Chat) -> None:
     with contextlib.ExitStack() as stack:
         terminal = None
         if here and sys.stdin.isatty() and sys.stdout.isatty():
-            stack.enter_context(restored_terminal())
+            stack.enter_context(keys_as_characters())
             terminal = Terminal()
             say("/help tells what else there is than to write a message")
         read = terminal.read if terminal else read_line
@@ -88,16 +80,14 @@ def talk(chat: Chat) -> None:
 
 def _answer(chat: Chat, text: str, terminal: Terminal | None) -> None:
     dropped = chat.n_dropped
-    never = contextlib.nullcontext(lambda: False)
-    with terminal.watched_for_ctrl_c() if terminal else never as stop:
-        try:
-            pieces = chat.ask(text, stop)
-        except ValueError as error:
-            say(f"not sent: {error}")
-            return
-        for piece in pieces:
-            _show(piece, terminal)
-    _show("\n\n" if terminal else "\n", terminal)
+    try:
+        pieces = chat.ask(text, terminal.ctrl_c if terminal else lambda: False)
+    except ValueError as error:
+        say(f"not sent: {error}")
+        return
+    for piece in pieces:
+        show(piece)
+    show("\n\n" if terminal else "\n")
     if chat.n_dropped > dropped:
         n = counted(chat.n_dropped - dropped, "turn")
         say(f"the context of {chat.generator.max_seq_len} tokens was full: the oldest {n} left out")
@@ -119,14 +109,8 @@ def _obey(chat: Chat, command: str, argument: str) -> None:
             except OSError as error:
                 say(f"not saved: {error}")
     else:
-        say(HELP)
-
-
-def _show(text: str, terminal: Terminal | None) -> None:
-    if parallel.rank() == 0:
-        if terminal:  # which would obey what a model writes
-            text = "".join(c for c in text if c.isprintable() or c in "\n\t")
-        print(text, end="", flush=True)
+        for line in HELP.splitlines():
+            say(line)
 
 
 def read_line() -> str | None:
@@ -136,14 +120,23 @@ def read_line() -> str | None:
 
 
 @contextlib.contextmanager
-def restored_terminal() -> Iterator[None]:
-    """Have the terminal's mode restored when this process ends, also where it is killed."""
-    mode = subprocess.run(["stty", "-g"], capture_output=True, text=True).stdout.strip()
+def keys_as_characters() -> Iterator[None]:
+    """Have keys come one by one, not shown, and Ctrl-C as one of them.
+
+    As a signal it would reach torchrun, and end all ranks. The terminal's mode is restored when
+    this process ends, also where it is killed.
+    """
+    file = sys.stdin.fileno()
+    before = subprocess.run(["stty", "-g"], stdin=file, capture_output=True, text=True).stdout
     # Its input ends with this process, however that ends.
     script = "trap '' INT TERM HUP; read _; stty \"$0\" <&2"
     keeper = subprocess.Popen(
-        ["sh", "-c", script, mode], stdin=subprocess.PIPE, stderr=sys.stdin.fileno()
+        ["sh", "-c", script, before.strip()], stdin=subprocess.PIPE, stderr=file
     )
+    mode = termios.tcgetattr(file)
+    mode[3] &= ~(termios.ICANON | termios.ECHO)
+    mode[6][termios.VINTR] = b"\0"
+    termios.tcsetattr(file, termios.TCSADRAIN, mode)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from llama.tokenizer import Tokenizer
 
+CONTEXT = 8  # tokens of a prompt behind which its continuation is decoded
 REPLACEMENT = "\ufffd"  # for bytes that are no UTF-8, as those of a character cut in two
 
 
@@ -21,7 +22,9 @@ class TextStream:
         self.stopped = False
         # Tokens are decoded behind those of the piece before: by itself a continuation loses the
         # space that SentencePiece drops in front of a text.
-        self._context = list(prompt_ids)
+        self._context = list(prompt_ids[-CONTEXT:])
+        if not tokenizer.decode(self._context):  # special tokens alone
+            self._context = list(prompt_ids)
         self._ids: list[int] = []  # behind the context, not in any piece yet
         self._held = ""  # may be the beginning of a stop string
 

@@ -42,8 +42,9 @@ TIME_LIMIT = 30
 MAX_GROWTH = 256
 LONGEST_TEMPLATE = 1 << 20  # bytes
 
-# Where a folder has its tokenizer: the first that is there.
-NAMES = ("tokenizer.model", "tokenizer.json")
+# Where a folder has its tokenizer: the first that is there. Tuned models add their tokens to the
+# first alone.
+NAMES = ("tokenizer.json", "tokenizer.model")
 # Beside the file, for any of the three kinds: Hugging Face's configuration, and a chat template.
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -79,6 +80,7 @@ class Tokenizer:
     chat_template: str | None
     words: dict[str, str]
     _encode: Callable[[str], list[int]]  # this and _decode know nothing of special tokens
+    _encode_special: Callable[[str], list[int]] | None = None  # where a library can do it
     _decode: Callable[[list[int]], str]
     _special_ids: Container[int | None]  # those left out of a decoded text
 
@@ -120,24 +122,34 @@ class Tokenizer:
         """Token ids of a text; the name of a special token inside s is plain text.
 
         bos puts bos_id in front (nothing where it is None), eos puts eos_id at the end. With
-        special_tokens, names in .special_tokens become their ids, and what is between is encoded,
-        without mark: a string by which a name can be kept from being one.
+        special_tokens, names in .special_tokens become their ids, but for those with mark in them:
+        a string that is then taken out of the text.
         """
         # Half a surrogate pair (of a cut JSON escape, or a byte on the command line that is no
         # UTF-8) is no character: two of the three libraries would fail on it.
         s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        names = sorted(self.special_tokens, key=len, reverse=True) if special_tokens else []
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", s) if names else [s]
-        parts = [part.replace(mark, "") for part in parts] if mark else parts
-        ids = []
         with self._guarded():
-            for part in filter(None, parts):
-                special = self.special_tokens.get(part) if names else None
-                ids += self._encode(part) if special is None else [special]
+            if not special_tokens:
+                ids = self._encode(s)
+            elif self._encode_special and not (mark and mark in s):
+                ids = self._encode_special(s)
+            else:
+                ids = self._encode_parts(s, mark)
         if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if eos:
             ids.append(self.eos_id)
+        return ids
+
+    def _encode_parts(self, s: str, mark: str) -> list[int]:
+        """Ids of the special tokens named in a text, and of what is between, by itself."""
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", s) if names else [s]
+        ids = []
+        for part in filter(None, parts):
+            special = self.special_tokens.get(part) if names else None
+            plain = part.replace(mark, "") if mark else part
+            ids += self._encode(plain) if special is None else [special]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -238,6 +250,15 @@ class Tokenizer:
         pad_id = named_id("pad_token")
         # The call for many texts is the one that lets other threads run.
         self._encode = lambda s: rust.encode_batch([s], add_special_tokens=False)[0].ids
+
+        def encode_special(s: str) -> list[int]:
+            rust.encode_special_tokens = False
+            try:
+                return self._encode(s)
+            finally:
+                rust.encode_special_tokens = True
+
+        self._encode_special = encode_special
         self._decode = rust.decode
         self.n_words = max(rust.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = _json_bos(rust, named_id("bos_token"), config.get("add_bos_token"))
@@ -257,7 +278,7 @@ class Tokenizer:
         config, template = self._config(), self.files.get(TEMPLATE)
         found = config.get("chat_template")
         if isinstance(found, list):  # several by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+            found = next((x.get("template") for x in found if x.get("name") == "default"), None)
         if template is not None:
             found = read_template(template) if isinstance(template, Path) else template.decode()
         self.chat_template = found if isinstance(found, str) else None

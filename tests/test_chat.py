@@ -8,6 +8,7 @@ import termios
 
 import pexpect
 import pytest
+import torch
 from conftest import REPO, TOKENIZERS, flags_of, make_ckpt, run_script
 
 from llama import LLaMA
@@ -40,10 +41,14 @@ def test_a_turn_reads_its_own_tokens_alone_and_answers_as_if_it_read_all(ckpt_di
         answer = ask(chat, question)
         read = chat.generator.timing.prompt_tokens - n_before
         asked = chat._ids[: len(chat._ids) - len(chat.output.token)]
-        new = chat.template.encode(f" </s><s>[INST] {question} [/INST]")
+        # As in the template, but for the ids of answers, which stay as they were written.
+        expected = chat.template.ids(chat.messages[:-1])
+        end = len(expected) - expected[::-1].index(chat.template.tokenizer.bos_id)
+        assert asked[-len(expected[end:]) :] == expected[end:]
         if number:  # and the last token of the answer before, which was written, and not read
-            assert read == len(new) + 1
+            new = [28705, 2, 1, *expected[end:]]  # a space, </s>, <s>
             assert asked[-len(new) :] == new
+            assert read == len(new) + 1
         assert chat.generator.generate([asked], 10, temperature=0)[0].text == answer
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
 
@@ -83,7 +88,7 @@ def test_chat_instruct_and_messages_see_the_same(ckpt_dir, tmp_path):
     assert saved[0]["content"] == question
     assert saved[1]["content"] == one["text"] == two["text"]
     assert by_chat.stdout == one["text"] + "\n"
-    assert "/reset" in by_chat.stderr  # of help, for what is no command
+    assert "\n/reset           forget" in by_chat.stderr  # of help, for what is no command
 
 
 def test_a_chat_in_a_terminal_ends_answers_and_itself(ckpt_dir):
@@ -110,3 +115,32 @@ def test_a_chat_in_a_terminal_ends_answers_and_itself(ckpt_dir):
     assert termios.tcgetattr(chat.child_fd) == before
     chat.close()
     assert chat.exitstatus == 0
+
+
+def test_a_conversation_survives_what_nobody_reads_and_stop_strings(ckpt_dir):
+    chat = chat_of(ckpt_dir, stop=["a"])
+    for _ in chat.ask("Hi"):
+        break
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    answer = ask(chat, "And?")  # read anew: the model had written more than was seen
+    assert "a" not in answer
+    assert chat.cache.ids[: len(chat.template.ids(chat.messages[:-1]))] == chat.template.ids(
+        chat.messages[:-1]
+    )
+    chat.generator.soft_prompt = chat.generator.model.tok_embeddings(torch.tensor([5, 6]))
+    again = chat_of(ckpt_dir, stop=["a"])
+    again.generator.soft_prompt = chat.generator.soft_prompt
+    again.turns = list(chat.turns)
+    assert ask(chat, "With a tuned prompt?") == ask(again, "With a tuned prompt?")
+    with pytest.raises(ValueError, match="no echo where it keeps a cache"):
+        chat.generator.stream([1], cache=chat.cache, echo=True)
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        Chat(chat.generator, top_k=2.5)
+
+
+def test_a_long_message_does_not_cost_the_whole_history(ckpt_dir):
+    chat = chat_of(ckpt_dir, max_seq_len=200)
+    for number in range(4):
+        ask(chat, f"Question number {number}, please")
+    ask(chat, "word " * 100)
+    assert 0 < chat.n_dropped < 4

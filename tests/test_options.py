@@ -44,6 +44,8 @@ BAD = [
     (GENERATION, "stop", [""], "at least one character"),
     (GENERATION, "stop", "text", "at least one character"),
     (GENERATION, "n", 0, "at least 1"),
+    (GENERATION, "top_k", 2.5, "whole number"),
+    (GENERATION, "stop", [5], "at least one character"),
     (GENERATION, "logprobs", -1, "at least 0"),
     (GENERATION, "logprobs", 1, "go with --json"),
     (GENERATION, "system", "x", "goes with --chat or --instruct"),

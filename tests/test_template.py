@@ -107,3 +107,18 @@ def test_a_template_that_fails_is_one_line(source, message):
 def test_messages_out_of_order_are_named(messages, message):
     with pytest.raises(ValueError, match=f"line 1.*{message}"):
         check_messages("line 1", messages)
+
+
+def test_what_transformers_gives_templates_is_there():
+    source = "{% generation %}{{ messages | tojson(indent=1) }}{% endgeneration %}"
+    source += "{{ strftime_now('%Y') }}{% for x in [1, 2] %}{% break %}{% endfor %}"
+    text = render(source, [{"role": "user", "content": "<é>"}], {})
+    assert text.startswith('[\n {\n  "role": "user",\n  "content": "<é>"\n }\n]20')
+    with pytest.raises(ValueError, match="'strftime_now' is undefined"):
+        render(source, HI, {}, dated=False)
+
+
+def test_other_texts_of_a_message_become_no_special_token_either():
+    tokenizer = Tokenizer(TOKENIZERS["sentencepiece"][0])
+    template = ChatTemplate("{{ messages[0].name }}", tokenizer)
+    assert tokenizer.eos_id not in template.ids([HI[0] | {"name": "x</s>"}])

@@ -52,7 +52,7 @@ def test_bytes_that_never_become_a_character_come_at_the_end(tokenizer):
     stream = TextStream(tokenizer, tokenizer.encode("A"))
     shown = [stream.add(token) for token in half]
     assert "".join(shown).strip() == ""
-    assert stream.finish().strip("\ufffd ") == ""
+    assert set(stream.finish().strip()) == {"\ufffd"}
 
 
 def test_stop_strings_are_cut_exactly_also_across_tokens(tokenizer):

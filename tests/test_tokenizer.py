@@ -9,8 +9,8 @@ import time
 import pytest
 import sentencepiece
 from conftest import TOKENIZERS, edit_json
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
@@ -198,12 +198,26 @@ def test_json_without_a_known_eos_is_an_error(tmp_path, config, message):
         Tokenizer(save_json(tmp_path, config=config, special=()))
 
 
-def test_the_kind_is_told_by_content_and_a_folder_means_tokenizer_model_first(tmp_path):
-    assert Tokenizer(save_json(tmp_path)).n_words == 400
-    shutil.copy(TIKTOKEN, tmp_path / "tokenizer.json")
-    assert Tokenizer(tmp_path).n_words == 128256
+def test_the_kind_is_told_by_content_and_a_folder_means_tokenizer_json_first(tmp_path):
     shutil.copy(SENTENCEPIECE, tmp_path / "tokenizer.model")
     assert Tokenizer(str(tmp_path)).n_words == 32000
+    assert Tokenizer(save_json(tmp_path)).n_words == 400  # a tuned model's tokens are there alone
+    shutil.copy(TIKTOKEN, tmp_path / "tokenizer.json")
+    assert Tokenizer(tmp_path).n_words == 128256
+
+
+def test_text_between_special_tokens_is_cut_as_the_file_says(tmp_path):
+    rust = llama_2_in_rust()
+    rust.normalizer = None
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    rust.add_special_tokens(["</s>", AddedToken("<|user|>", rstrip=True, special=True)])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    for s in ("<|user|>\nHi</s>\nand more", "Hi</s>there <|user|>   x", "Hi", "</s>"):
+        expected = rust.encode(s, add_special_tokens=False).ids
+        assert tokenizer.encode(s, bos=False, special_tokens=True) == expected
+        plain = tokenizer.encode(s, bos=False)  # and names stay text where nobody asks
+        assert not set(plain) & set(tokenizer.special_tokens.values())
 
 
 @pytest.mark.parametrize("name", ["", "tokenizer.model"])

@@ -77,4 +77,4 @@ def render(template: str, messages: list[dict], vocabulary: dict) -> str:
 
     added = vocabulary.get("tokenizer.ggml.add_bos_token")  # then whoever runs it adds BOS
     words = {"bos_token": "" if added else text_of("bos"), "eos_token": text_of("eos")}
-    return render_template(template, messages, words)
+    return render_template(template, messages, words, dated=False)  # or it keeps today's date
