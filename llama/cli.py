@@ -34,6 +34,7 @@ LOST_PEER = (  # as gloo and nccl word it
 )
 _RANK = int(os.environ.get("RANK", 0))  # as torchrun gives it, before there is a process group
 _PARENT = os.getppid()
+_mid_line = False  # whether a result on the terminal waits for its end
 
 
 def run(main: Callable[..., None], options: type | None = None) -> None:
@@ -124,7 +125,7 @@ def _fail(message: str, wait: bool, speak: bool, code: int = 1) -> NoReturn:
     if speak:
         # Over a bar that is half drawn, which may be another rank's.
         clear_line = "\r\x1b[2K" if sys.stderr.isatty() else ""
-        print(clear_line + message, file=sys.stderr, flush=True)
+        print("\n" if _mid_line else clear_line, message, sep="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()
     os._exit(code)  # not sys.exit: the process group's threads may wait for ranks that are gone
@@ -217,7 +218,9 @@ def say(message: str) -> None:
 
 def show(text: str) -> None:
     """Print a part of a result on stdout, by rank 0; a terminal gets no control characters."""
+    global _mid_line
     if _RANK == 0:
+        _mid_line = sys.stdout.isatty() and not text.endswith("\n")
         if sys.stdout.isatty():  # which would obey what a model writes
             text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
         print(text, end="", flush=True)

@@ -49,7 +49,7 @@ def test_two_agents_of_one_process_each_are_two_ranks(tmp_path):
         (programs.fail, {"rank": 1, "how": "a fault of ours"}, "KeyError: 'only I know'"),
         (programs.fail, {"rank": 0, "how": "killed"}, "Signal 9 (SIGKILL)"),  # in torchrun's words
         (programs.fail, {"rank": 1, "how": "killed"}, "Signal 9 (SIGKILL)"),
-        (programs.pretend_one_card, {}, "error: this machine shows 1 cards, but 2 ranks"),
+        (programs.pretend_one_card, {}, "error: this machine shows 1 card, but 2 ranks"),
     ],
 )
 def test_when_ranks_fail_one_says_why_and_all_end(tmp_path, program, values, message):
