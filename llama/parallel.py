@@ -55,8 +55,8 @@ def _take_device() -> torch.device:
         return torch.device("cpu")
     if n_cards < n_here:
         raise ValueError(
-            f"this machine shows {n_cards} card{'s' * (n_cards > 1)}, but {n_here} ranks want one each: "
-            f"run torchrun with --nproc_per_node {n_cards}, or hide the cards with "
+            f"this machine shows {n_cards} card{'s' * (n_cards > 1)}, but {n_here} ranks want one "
+            f"each: run torchrun with --nproc_per_node {n_cards}, or hide the cards with "
             "CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     # A rank that sees one card cannot take another's, whatever library it runs.
