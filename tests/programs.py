@@ -79,7 +79,7 @@ def smollm2(ckpt_dir: str, ids: list[int], out: str) -> list:
         found = generator.model(torch.tensor([ids]))
     if parallel.rank() == 0:
         torch.save(found, out)
-    outputs = generator.generate(read_prompts(None), max_gen_len=32, temperature=0)
+    outputs = generator.generate(read_prompts(None), max_gen_len=20, temperature=0)
     return [output.token for output in outputs]
 
 

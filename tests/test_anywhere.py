@@ -110,7 +110,8 @@ def test_transformers_computes_and_cuts_texts_as_we_do(written, no_warnings, mon
         # SentencePiece takes "<unk>" for text, a tokenizer.json for the token.
         assert "<unk>" in s or original.encode(s, special_tokens=True) == ids, s
     known = {"sentencepiece": LLAMA2, "tiktoken": LLAMA3, "json": ours.chat_template}
-    template = ChatTemplate(known[folder.name.rstrip("0")], ours)
+    source_of = next(known[name] for name in known if folder.name.startswith(name))
+    template = ChatTemplate(source_of, ours)
     for messages in conversations(200):
         options = {"chat_template": template.source, "add_generation_prompt": True}
         ids = theirs.apply_chat_template(messages, return_dict=False, **options)
@@ -180,7 +181,7 @@ def smollm2(tmp_path_factory):
     return folder, source, prompt, baked.prefix, generator
 
 
-@pytest.mark.parametrize(("dtype", "n"), [("float32", 48), ("float16", 12)])
+@pytest.mark.parametrize(("dtype", "n"), [("float32", 24), ("float16", 12)])
 def test_llama_cpp_goes_on_with_six_prompts_as_we_do(smollm2, tmp_path, dtype, n):
     folder, source, *_ = smollm2
     convert(source, tmp_path, "gguf", dtype=dtype)
@@ -195,7 +196,7 @@ def test_q8_0_loses_less_than_a_hundredth(smollm2, tmp_path):
     convert(source, tmp_path, "gguf", dtype="q8_0")
     assert len(llama_cpp(served(tmp_path), ["The sea is"], 4)[0]) == 4
     tokenizer = Tokenizer(folder / "meta")
-    ids = torch.tensor([tokenizer.encode(Path("README.md").read_text())[:1000]])
+    ids = torch.tensor([tokenizer.encode(Path("README.md").read_text())[:500]])
     losses = []
     for model in (source, open_any(tmp_path)):
         logits = loaded(model, tokenizer).model(ids)[0, :-1]
@@ -215,13 +216,13 @@ def test_smollm2_with_a_tuned_prompt_says_the_same_everywhere(smollm2, no_warnin
     raw = read_prompts(None)[:2]
     prompts = [prefix + x for x in [*raw, chat]]
     encoded = [tuned.tokenizer.encode(x, special_tokens=True) for x in [*raw, chat]]
-    expected = tuned.generate(encoded, 24, temperature=0)
-    assert_greedy(baked, prompts, [x.token for x in expected], 24)
+    expected = tuned.generate(encoded, 16, temperature=0)
+    assert_greedy(baked, prompts, [x.token for x in expected], 16)
     server = served(folder / "baked-gguf", 3)
-    assert_greedy(baked, prompts, llama_cpp(server, prompts, 24), 24)
-    assert_greedy(baked, prompts, transformers_text(folder / "baked-hf", prompts, 24), 24)
+    assert_greedy(baked, prompts, llama_cpp(server, prompts, 16), 16)
+    assert_greedy(baked, prompts, transformers_text(folder / "baked-hf", prompts, 16), 16)
     assert ask(server, "apply-template", messages=CHAT)["prompt"] == prefix + chat
-    said = ask(server, "v1/chat/completions", messages=CHAT, max_tokens=24, temperature=0)
+    said = ask(server, "v1/chat/completions", messages=CHAT, max_tokens=16, temperature=0)
     assert said["choices"][0]["message"]["content"].strip() == expected[2].text.strip()
     assert Checkpoint(folder / "baked-meta").args.vocab_size % 3 == 0
 
@@ -233,7 +234,7 @@ def test_no_token_of_the_prompt_is_ever_sampled(smollm2):
     # Behind a turn's end the model wants <|im_start|>, which is its BOS.
     prompts = [prefix + x for x in [*read_prompts(None)[:4], "<|im_start|>user\nHi<|im_end|>\n"]]
     encoded = [baked.tokenizer.encode(x, special_tokens=True) for x in prompts]
-    outputs = baked.generate(encoded, 40, temperature=1, top_p=1, seed=0)
+    outputs = baked.generate(encoded, 30, temperature=1, top_p=1, seed=0)
     for ids, output in zip(encoded, outputs):
         assert max(output.token) < n
         # Nor would one in 50,000 draws be one of them.

@@ -13,6 +13,8 @@ from conftest import REPO, TOKENIZERS, flags_of, make_ckpt, run_script
 
 from llama import LLaMA
 from llama.chat import Chat
+from llama.options import GenerationOptions
+from llama.prompts import complete, read_requests
 from llama.template import ChatTemplate
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
@@ -68,21 +70,26 @@ def test_a_full_context_loses_its_oldest_turns_and_not_the_system_message(ckpt_d
     assert chat.messages == chat.system
 
 
-def test_chat_instruct_and_messages_see_the_same(ckpt_dir, tmp_path):
+def test_chat_instruct_and_messages_see_the_same(ckpt_dir, tmp_path, capsys):
     question = "Name a river </s> in Africa"
     (tmp_path / "m.jsonl").write_text(json.dumps([{"role": "user", "content": question}]))
     (tmp_path / "lines").write_text(
         f"{question}\n/save {tmp_path / 'saved.jsonl'}\n/save /\n/nonsense\n"
     )
+    found = []
+    for given in ({"messages_file": tmp_path / "m.jsonl"}, {"instruct": True, "prompt": question}):
+        flags = {"ckpt_dir": ckpt_dir, "temperature": 0, "max_gen_len": 12, "json": True} | given
+        options = GenerationOptions(**flags)
+        complete(LLaMA.build(ckpt_dir, PATH), read_requests(options), options)
+        said = capsys.readouterr()
+        assert "the tokenizer has no chat template; taking that of Llama 2" in said.err
+        found.append(json.loads(said.out))
+    one, two = found
     flags = flags_of(ckpt_dir=ckpt_dir, tokenizer_path=PATH, temperature=0, max_gen_len=12)
-    by_file = run_script("example.py", *flags, "--json", "--messages_file", tmp_path / "m.jsonl")
-    by_flag = run_script("example.py", *flags, "--json", "--instruct", "--prompt", question)
     with (tmp_path / "lines").open() as lines:
         by_chat = run_script("example.py", *flags, "--chat", n=2, stdin=lines)
-    for result in (by_file, by_flag, by_chat):
-        assert result.returncode == 0, result.stderr
-        assert "the tokenizer has no chat template; taking that of Llama 2" in result.stderr
-    one, two = (json.loads(x.stdout) for x in (by_file, by_flag))
+    assert by_chat.returncode == 0, by_chat.stderr
+    assert "the tokenizer has no chat template; taking that of Llama 2" in by_chat.stderr
     assert one["tokens"] == two["tokens"]
     assert one["timings"]["prompt_tokens"] == two["timings"]["prompt_tokens"]
     assert one["finish_reason"] == "length"

@@ -16,7 +16,7 @@ VOCAB_SIZE = TOKENIZERS["sentencepiece"][1]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
 
 
-@pytest.mark.parametrize(("n", "checkpointing"), [(1, False), (2, True), (4, False)])
+@pytest.mark.parametrize(("n", "checkpointing"), [(1, False), (4, True)])
 def test_gradient_equals_peft_over_hugging_face(tmp_path, on_ranks, n, checkpointing):
     # std 0.2: at 0.5 Hugging Face's own float32 is 2e-5 away from its float64
     source = random_source(make_params(**MODEL), std=0.2)

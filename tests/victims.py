@@ -345,7 +345,7 @@ class Kind:
     finish: Callable[[Files], None] = lambda files: None
     named: str = ""  # what every refusal names; by default the folder
     in_process: bool = True  # so that memory and what code may do can be limited
-    tries: int = 200  # in `make test`
+    tries: int = 150  # in `make test`
     seconds: float = 5  # in `make fuzz`, before it is the next kind's turn
 
 

@@ -9,7 +9,6 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -322,6 +321,8 @@ def _hashes_of(folder: Path) -> dict[str, str]:
 
 def plot_losses(log_history: list[dict], path: Path) -> None:
     """Draw training and evaluation loss over steps."""
+    from matplotlib.figure import Figure  # here: one rank needs it, and once
+
     figure = Figure()
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
