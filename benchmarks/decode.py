@@ -21,8 +21,9 @@ from llama import LLaMA, cli, parallel
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.hf import hf_config
 from llama.checkpoint.write import write_checkpoint
-from llama.generation import Timing, load_model
+from llama.generation import load_model
 from llama.layers import linear
+from llama.output import Timing
 
 PARAMS = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32000, "norm_eps": 1e-5}
 PROMPT_LEN, GEN_LEN, ROUNDS = 16, 64, 5
@@ -33,9 +34,6 @@ class NoText:
 
     stop_ids: frozenset[int] = frozenset()
     pad_id = 0
-
-    def encode(self, s: str, *, bos: bool) -> list[int]:
-        return [int(x) for x in s.split()]
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
@@ -108,7 +106,7 @@ def main() -> None:
 
     def generate() -> None:
         generator.timing = Timing()
-        generator.generate([" ".join(map(str, ids))], GEN_LEN, temperature=0)
+        generator.generate([ids], GEN_LEN, temperature=0)
         # the first of the tokens comes with the prompt
         times["llama, a step"].append(generator.timing.generated_seconds / (GEN_LEN - 1))
 
