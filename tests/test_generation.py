@@ -340,3 +340,15 @@ def test_the_checkpoints_own_tokenizer_and_ends_are_taken(tmp_path):
         (tmp_path / "hf" / name).unlink()
     with pytest.raises(ValueError, match=r"hf: no tokenizer in it; give .*--tokenizer_path PATH$"):
         open_pair(tmp_path / "hf")
+
+
+def test_a_length_beyond_the_models_own_is_told(tmp_path, capsys):
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", context_len=64)
+    for max_seq_len, taken, told in ((None, 64, 0), (64, 64, 0), (65, 65, 1)):
+        llama = LLaMA.build(ckpt_dir, TOKENIZERS["sentencepiece"][0], max_seq_len)
+        assert llama.max_seq_len == taken
+        said = capsys.readouterr().err
+        assert said.count(f"--max_seq_len 65: {ckpt_dir} was made for 64 tokens at most") == told
+    for wrong in (0, 2**31):
+        with pytest.raises(ValueError, match="--max_seq_len must be from 1"):
+            LLaMA.build(ckpt_dir, TOKENIZERS["sentencepiece"][0], wrong)
