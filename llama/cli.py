@@ -223,7 +223,8 @@ def show(text: str) -> None:
         _mid_line = sys.stdout.isatty() and not text.endswith("\n")
         if sys.stdout.isatty():  # which would obey what a model writes
             text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-        print(text, end="", flush=True)
+        with tqdm.external_write_mode():  # above the bar, where there is one
+            print(text, end="", flush=True)
 
 
 def show_bars() -> bool:

@@ -1,6 +1,5 @@
 """What the example scripts share: prompts in, completions and what they took out."""
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -9,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from llama import parallel
 from llama.cli import MemoryWatch, counted, progress_bar, say, show, shown
@@ -45,15 +42,14 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
         return []
     if flags.messages_file is not None:
         return [Request({"messages": messages}) for messages in read_messages(flags.messages_file)]
-    prompts: list[str]
-    if flags.prompt == "-":
+    if flags.prompt is None:
+        path = examples if flags.prompts_file is None else flags.prompts_file
+        return [Request({"prompt": prompt}) for prompt in read_prompts(path)]
+    prompt = flags.prompt
+    if prompt == "-":
         parallel.setup()  # rank 0 alone reads
-        prompts = [parallel.from_rank_0(read_stdin)]
-    elif flags.prompt is not None:
-        prompts = [flags.prompt]
-    else:
-        prompts = read_prompts(examples if flags.prompts_file is None else flags.prompts_file)
-    return [Request({"prompt": check_text("--prompt", "prompt", x)}) for x in prompts]
+        prompt = parallel.from_rank_0(read_stdin)
+    return [Request({"prompt": check_text("--prompt", "prompt", prompt)})]
 
 
 def read_stdin() -> str:
@@ -121,13 +117,11 @@ def complete(
         raise ValueError("no prompt is left to continue")
     if flags.json or len(requests) > 1 or flags.n > 1:
         outputs = generator.outputs(ready, **flags.sampling())
-        with TokenBar(generator.timing) as bar:
+        with TokenBar(generator.timing):
             for request in requests:
                 # One that is left out has one line too, so that all are in the prompts' order.
                 for _ in range(1 if request.error else flags.n):
-                    output = None if request.error else next(outputs)
-                    with bar.paused():
-                        _print(request, output, flags)
+                    _print(request, None if request.error else next(outputs), flags)
     else:
         stream = generator.stream(ready[0], **flags.sampling())
         show(requests[0].text)
@@ -158,11 +152,9 @@ def _make_ready(
             request.prompt = template.ids(messages)
             turns = [f"{message['role']}: {message['content']}" for message in messages]
             request.text = "\n\n".join([*turns, "assistant: "])
-        elif flags.special_tokens:
-            request.prompt = generator.tokenizer.encode(text, special_tokens=True)
-            request.text = text
         else:
-            request.text, request.prompt = text, text
+            request.prompt = generator.tokenizer.encode(text, special_tokens=flags.special_tokens)
+            request.text = text
         generator.check_fits(request.prompt, flags.max_gen_len)
     except ValueError as error:
         request.error = f"{_name(request)}: {error}"
@@ -223,10 +215,6 @@ class TokenBar(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(0.2):
             self.bar.update(self.timing.generated_tokens - self.bar.n)
-
-    def paused(self) -> contextlib.AbstractContextManager:
-        """Take the bar away while something is printed."""
-        return tqdm.external_write_mode()
 
     def __enter__(self) -> "TokenBar":
         if not self.bar.disable:
