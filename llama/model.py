@@ -215,7 +215,11 @@ class Attention(nn.Module):
         )
         # Together: a step of one token is made of few numbers and many calls.
         n_heads, n_kv_heads = xq.shape[2], xk.shape[2]
-        xq, xk = apply_rotary_emb(torch.cat((xq, xk), 2), freqs_cis).split((n_heads, n_kv_heads), 2)
+        rotated = apply_rotary_emb(torch.cat((xq, xk), 2), freqs_cis)
+        # 0, or NaN where a query or key is NaN or infinite: torch's attention on CPUs gives 0 for
+        # scores that are NaN, and the model would go on without that layer.
+        broken = (rotated * 0).sum((1, 2, 3))[:, None, None]  # (bsz, 1, 1)
+        xq, xk = rotated.split((n_heads, n_kv_heads), 2)
         if cache is not None:
             xk, xv = cache.update(self.layer, xk, xv)
         output = F.scaled_dot_product_attention(
@@ -226,7 +230,8 @@ class Attention(nn.Module):
             is_causal=mask is None and seqlen > 1,
             enable_gqa=n_heads != n_kv_heads,
         )
-        return self.wo(output.transpose(1, 2).reshape(bsz, seqlen, -1))  # (bsz, seqlen, dim)
+        output = output.transpose(1, 2).reshape(bsz, seqlen, -1)
+        return self.wo(output + broken)  # (bsz, seqlen, dim)
 
 
 class FeedForward(nn.Module):

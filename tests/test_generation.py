@@ -172,9 +172,10 @@ def test_a_seed_makes_sampling_repeatable_and_the_coldest_temperature_is_greedy(
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_logits_that_are_no_numbers_are_an_error(tmp_path, value, temperature):
+@pytest.mark.parametrize("name", ["wq", "wk", "wv", "wo"])
+def test_logits_that_are_no_numbers_are_an_error(tmp_path, name, value, temperature):
     llama = build(tmp_path)
-    layer = llama.model.layers[1].attention.wo
+    layer = getattr(llama.model.layers[1].attention, name)
     layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
     layer.weight[3, 5] = value
     message = (
