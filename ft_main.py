@@ -43,7 +43,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     else:
         check_unused(out)
     device = parallel.setup()
-    ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path)
+    ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
     rows = tokenize_dataset(
         flags.dataset_path,
         tokenizer,

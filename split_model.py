@@ -14,6 +14,7 @@ def main(
     n: int | None = None,
     out_dir: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     verify: bool = False,
     dry_run: bool = False,
     max_seq_len: int = 512,
@@ -28,6 +29,7 @@ def main(
         out_dir: folder to write, by default the name of ckpt_dir with _fs and n behind it.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds (quantised:
             float32).
+        quantize: int8 or int4: write the matrices in 8 or 4 bits; the scripts read such a folder.
         verify: read everything again and check it: what was cut against ckpt_dir, or without n
             ckpt_dir alone, or ckpt_dir against out_dir.
         dry_run: write nothing, but show what would be written and what each rank needs to run.
@@ -38,7 +40,8 @@ def main(
     from llama import parallel
     from llama.checkpoint.folder import Checkpoint, compare
     from llama.checkpoint.formats import open_any
-    from llama.checkpoint.weights import check_shard_count, default_out_dir, parse_dtype
+    from llama.checkpoint.quantized import quantized
+    from llama.checkpoint.weights import default_out_dir, parse_dtype
     from llama.checkpoint.write import plan, write_checkpoint
 
     if parallel.rank():  # one process does it, also where torchrun started several
@@ -49,17 +52,22 @@ def main(
         raise ValueError("--verify reads everything, and --dry_run nothing: give one of them")
     cli.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     wanted = parse_dtype(dtype)
-    ckpt = open_any(ckpt_dir)
-    if n is not None and wanted is None and (growth := ckpt.growth(ckpt.shapes)):
+    ckpt = quantized(open_any(ckpt_dir), quantize)
+    if (
+        n is not None
+        and wanted is None
+        and quantize is None
+        and (growth := ckpt.growth(ckpt.shapes))
+    ):
         cli.say(f"{ckpt_dir}: {growth}")
     if dry_run and n is not None:
         print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
     if n is not None:
-        out_dir = out_dir or str(default_out_dir(ckpt_dir, n))
+        out_dir = out_dir or str(default_out_dir(ckpt_dir, n, quantize))
         if Path(ckpt_dir).resolve() in Path(out_dir).resolve().parents:
             raise ValueError(f"{out_dir}: inside {ckpt_dir}, which is not to be touched")
-        check_shard_count(ckpt.args, n, ckpt_dir)
+        ckpt.check_cut(n, ckpt_dir)
         write_checkpoint(ckpt, out_dir, n, wanted)
         without = " --tokenizer_path …" * (not ckpt.has_tokenizer)
         print(f"{out_dir}: {cli.counted(n, 'shard')}. Generate: torchrun --nproc_per_node {n} "

@@ -13,6 +13,7 @@ from llama import parallel
 from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
+from llama.layers import quantise
 from llama.model import KVCache, Transformer
 from llama.options import SamplingParams, check_max_seq_len
 from llama.output import Output, Prompt, Row, Stream, Timing
@@ -67,14 +68,17 @@ class LLaMA:
         max_seq_len: int | None = 512,
         max_batch_size: int = 32,
         dtype: str | None = None,
+        quantize: str | None = None,
     ) -> "LLaMA":
         """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
         tokenizer_path: None takes the one that the checkpoint holds.
         max_seq_len: tokens of prompt and continuation; None takes what the model was made for, but
         at most LONGEST_CONTEXT.
-        dtype: float32, bfloat16 or float16; None takes what the checkpoint holds. Raises
-        FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
+        dtype: float32, bfloat16 or float16; None takes what the checkpoint holds.
+        quantize: int8 or int4, of the matrices; None leaves them as the checkpoint has them.
+        Raises FileNotFoundError or ValueError for files that are absent, damaged or do not fit
+        together.
         """
         began = time.perf_counter()
         wanted = parse_dtype(dtype)
@@ -82,7 +86,7 @@ class LLaMA:
         check_max_seq_len(max_seq_len)
         end_with_torchrun()
         device = parallel.setup()
-        ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
+        ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path, quantize)
         made_for = ckpt.args.context_len or LONGEST_CONTEXT
         if max_seq_len is None:
             max_seq_len = min(made_for, LONGEST_CONTEXT)
@@ -345,7 +349,11 @@ def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = N
     """
     parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
     bar = progress_bar("loading", len(ckpt.shapes), "weight", items=parts)
-    weights = {name: part.to(device) for name, part in bar}
-    model = Transformer(ckpt.args)
+    model, weights = Transformer(ckpt.args), {}
+    for name, part in bar:
+        if bits := ckpt.bits_of(name):
+            quantise(model.get_submodule(name.removesuffix(".weight")), part.to(device), bits)
+        else:
+            weights[name] = part.to(device)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()

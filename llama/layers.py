@@ -3,6 +3,7 @@
 import functools
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import nn
 
+from llama.quantize import QuantizedWeight
+
 # What a CPU's flags (on ARM: features) must have for products in half precision of its own.
 ARITHMETIC = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
+FEW_ROWS = 8  # of an input, up to which our own kernels are faster than torch's
 MANY_ROWS = 16  # of an input, from which widening a matrix costs less than it saves
 WIDENED_ROWS = 512  # of a matrix, at once
 SMALL_SUM = 1 << 16  # elements over all ranks, below which latency and not bandwidth counts
@@ -65,10 +69,17 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.weight = _unallocated(out_features, in_features // mpu.get_model_parallel_world_size())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        part = linear(x, self.weight)
+        (part,) = products(x, self.weight)
         if torch.is_grad_enabled():  # fairscale's sum passes gradients on, ours does not
             return reduce_from_model_parallel_region(part)
         return sum_over_ranks(part)
+
+
+def quantise(layer: nn.Module, packed: torch.Tensor, bits: int) -> None:
+    """Give a linear layer, in place of its weight, one of 8 or 4 bits, as pack() makes it."""
+    n_in = layer.weight.shape[1]  # type: ignore[index]
+    del layer.weight
+    layer.weight = QuantizedWeight(packed, bits, int(n_in))
 
 
 class RMSNorm(nn.Module):
@@ -80,6 +91,8 @@ class RMSNorm(nn.Module):
         self.weight = _unallocated(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32 and (ours := kernels_for(x)):
+            return ours.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -90,26 +103,61 @@ def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> list[torc
     """
     if torch.is_grad_enabled():
         x = copy_to_model_parallel_region(x)
-    return [linear(x, layer.weight) for layer in layers]
+    return products(x, *(layer.weight for layer in layers))
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+Weight = torch.Tensor | QuantizedWeight
+
+
+def products(x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
+    """Multiply x (..., in_features) by the transposes of weights (out_features, in_features).
+
+    A few rows on a CPU go through our own kernels, where numba is installed.
+    """
+    if (ours := kernels_for(x)) and all(map(ours.knows, weights)):
+        return ours.of_rows(x, weights)
+    return [linear(x, weight) for weight in weights]
+
+
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """Multiply x (..., in_features) by the transpose of weight (out_features, in_features).
 
-    For one row in float32 on a CPU, torch's kernel reads the weight with a single thread. Given as
-    a batch of slices, each thread reads its own: 1.6 times as fast on two cores. Many rows in a
-    half precision in which the CPU cannot calculate are multiplied in float32.
+    What a device cannot multiply by itself, quantised weights and many rows in some CPUs' half
+    precision, is widened first.
     """
-    if x.device.type == "cpu" and x.numel() >= MANY_ROWS * x.shape[-1] and not computes(x.dtype):
+    on_cpu, n_rows = x.device.type == "cpu", x.numel() // x.shape[-1]
+    if isinstance(weight, QuantizedWeight) or (
+        on_cpu and n_rows >= MANY_ROWS and not computes(x.dtype)
+    ):
         return Widened.apply(x, weight)
     threads = torch.get_num_threads()
-    one_row = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() == x.shape[-1]
-    even = threads > 1 and weight.shape[0] % threads == 0
-    if not (one_row and even) or torch.is_grad_enabled():
+    one_row = on_cpu and n_rows == 1 and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    if not one_row or threads == 1 or len(weight) % threads:
         return F.linear(x, weight)
+    # torch's kernel reads the weight with a single thread. Given as a batch of slices, each thread
+    # reads its own.
     slices = weight.view(threads, -1, weight.shape[1]).transpose(1, 2)
     rows = x.reshape(1, -1).expand(threads, 1, -1)
     return torch.bmm(rows, slices).view(*x.shape[:-1], -1)
+
+
+def kernels_for(x: torch.Tensor) -> ModuleType | None:
+    """Our own kernels, where they are for inputs like x (..., n): a few rows on a CPU."""
+    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
+    return kernels() if few and not torch.is_grad_enabled() else None
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """Our own kernels for CPUs; None without numba."""
+    try:
+        from llama import kernels
+
+        kernels.rms_norm(torch.ones(1, 1), torch.ones(1), 1.0)
+        kernels.of_rows(torch.ones(1, 1), [torch.ones(1, 1)])
+    except (ImportError, ValueError):  # also of a system without the threads that they share
+        return None
+    return kernels
 
 
 @functools.cache
@@ -124,26 +172,28 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 class Widened(torch.autograd.Function):
-    """The product of linear(), in float32, with a few rows of the weight made float32 at a time."""
+    """The product of linear(), with some rows of the weight widened at a time.
+
+    Widened and multiplied in the dtype of x, or in float32 where a CPU does not compute in that.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
         """Multiply x (..., in_features) by the transpose of weight (out_features, in_features)."""
-        ctx.save_for_backward(weight)
-        wide, product = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        ctx.weight, ctx.dtype = weight, torch.float32 if not computes(x.dtype) else x.dtype
+        wide, product = x.to(ctx.dtype), x.new_empty(*x.shape[:-1], len(weight))
         for start in range(0, len(weight), WIDENED_ROWS):
             rows = slice(start, start + WIDENED_ROWS)
-            product[..., rows] = F.linear(wide, weight[rows].float())
+            product[..., rows] = F.linear(wide, weight[rows].to(ctx.dtype))
         return product
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The gradient of x; the weights stay as they are."""
-        (weight,) = ctx.saved_tensors
-        total = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1], dtype=torch.float32)
-        for start in range(0, len(weight), WIDENED_ROWS):
+        total = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1], dtype=torch.float32)
+        for start in range(0, len(ctx.weight), WIDENED_ROWS):
             rows = slice(start, start + WIDENED_ROWS)
-            total += gradient[..., rows].float() @ weight[rows].float()
+            total += gradient[..., rows].to(ctx.dtype) @ ctx.weight[rows].to(ctx.dtype)
         return total.to(gradient.dtype), None
 
 

@@ -4,6 +4,7 @@ import math
 import reprlib
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as mpu
@@ -17,6 +18,7 @@ from llama.layers import (
     RMSNorm,
     RowParallelLinear,
     column_parallel,
+    kernels_for,
 )
 
 
@@ -144,6 +146,7 @@ class KVCache:
         self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device).unbind(0)
         self.rows = torch.arange(bsz, device=weight.device)[:, None]  # (bsz, 1)
         self.end = 0  # of what any row has written
+        self.starts = np.zeros(bsz, int)  # where the pass begins to write
         self.place: tuple = ()  # index into (bsz, max_len) of what the pass writes
 
     def advance(self, start_pos: list[int], seqlen: int) -> tuple[Tensor, Tensor | None]:
@@ -152,6 +155,7 @@ class KVCache:
         Returns its positions (bsz, seqlen), and where its queries may look, (bsz, 1, seqlen, end);
         None if that is everything (one token) or what is_causal says (all from the beginning).
         """
+        self.starts = np.array(start_pos)
         starts = torch.tensor(start_pos, device=self.rows.device)[:, None]
         positions = starts + torch.arange(seqlen, device=starts.device)
         first, last = min(start_pos), max(start_pos)
@@ -213,6 +217,10 @@ class Attention(nn.Module):
             y.view(bsz, seqlen, -1, self.head_dim)  # (bsz, seqlen, n_local_heads, head_dim)
             for y in column_parallel(x, self.wq, self.wk, self.wv)
         )
+        ours = kernels_for(x) if seqlen == 1 else None
+        if cache is not None and ours and x.dtype in ours.ATTENTION:
+            cached = cache.layers[self.layer]
+            return self.wo(ours.attend(xq, xk, xv, freqs_cis, cached, cache.starts))
         # Together: a step of one token is made of few numbers and many calls.
         n_heads, n_kv_heads = xq.shape[2], xk.shape[2]
         rotated = apply_rotary_emb(torch.cat((xq, xk), 2), freqs_cis)

@@ -9,6 +9,7 @@ from typing import Any
 from llama.cli import check_at_least
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4")
 
 
 @dataclass
@@ -102,6 +103,8 @@ class GenerationOptions(SamplingParams):
             by default 512, in a chat what the model was made for, up to 4096.
         max_batch_size: prompts to run at once; more than that run in several batches.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        quantize: int8 or int4: hold the matrices in 8 or 4 bits, rounded while they are loaded;
+            by default as the checkpoint has them.
     """
 
     ckpt_dir: str
@@ -118,6 +121,7 @@ class GenerationOptions(SamplingParams):
     max_seq_len: int | None = None
     max_batch_size: int = 32
     dtype: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +130,7 @@ class GenerationOptions(SamplingParams):
             self.max_seq_len = 512
         check_max_seq_len(self.max_seq_len)
         check_dtype(self.dtype)
+        check_quantize(self.quantize)
         inputs = ("prompt", "prompts_file", "messages_file", "chat")
         given = [f"--{name}" for name in inputs if getattr(self, name) not in (None, False)]
         if len(given) > 1:
@@ -167,6 +172,12 @@ class TunedGenerationOptions(GenerationOptions):
         "    raw: leave prompts as they are; else they are put into the template that the tuned\n"
         "        prompt was trained with.\n"
     )
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raise ValueError for a --quantize that is unknown."""
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
 
 
 def check_max_seq_len(max_seq_len: int | None) -> None:

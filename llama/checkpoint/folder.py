@@ -23,12 +23,14 @@ from llama.checkpoint.weights import (
     hash_threads,
     tokenizer_in,
     valid_shard_counts,
+    weight_shapes,
     whole_sha256,
 )
 from llama.cli import counted, first_few, progress_bar, shown
 from llama.files import hash_of, load_plain, naming, read_json, sha256_of
 from llama.model import ModelArgs
-from llama.options import DTYPES
+from llama.options import DTYPES, check_quantize
+from llama.quantize import group_of
 
 SURPLUS = "rope.freqs"  # in Meta's files, in Llama 1's once a layer; recomputed, so not read
 CHECKLIST = "checklist.chk"  # Meta's own: lines of an MD5 and a file's name
@@ -67,8 +69,10 @@ class Checkpoint(Source):
             params["vocab_size"] = first[OUTPUT].shape[0] * self.n
         self.dtypes = {name: weight.dtype for name, weight in first.items()}
         # The one to which all can be widened without loss, where they differ.
-        dtype = functools.reduce(torch.promote_types, self.dtypes.values())
+        floats = [dtype for dtype in self.dtypes.values() if dtype != torch.uint8]
+        dtype = functools.reduce(torch.promote_types, floats or [torch.float32])
         super().__init__(self.path, params, dtype, tokenizer_in(self.path))
+        self._take_packed_shapes(first)
         self.has_hashes = self.manifest is not None
 
         # Whether the two agree.
@@ -83,7 +87,21 @@ class Checkpoint(Source):
         self._check_shard(0, first)
         self._shards = {0: first}
         if self.manifest is not None:
-            self.manifest.check_model(self.path, self.args, self.dtypes)
+            self.manifest.check_model(self.path, self.args, self.shapes, self.dtypes)
+
+    def _take_packed_shapes(self, first: dict[str, torch.Tensor]) -> None:
+        """Take the shapes that quantised weights have in the shards, and check them."""
+        self.quantize = self.params.get("quantize")
+        with naming(self.path / "params.json"):
+            check_quantize(self.quantize)
+        with naming(self.paths[0]):
+            for name, shape in weight_shapes(self.args).items():
+                bits = self.bits_of(name)
+                if bits and name in first and first[name].dim() == 2:
+                    cut = self.cut_here(name)
+                    n_bytes = first[name].shape[1] * (cut.parts if cut.dim else 1)
+                    group_of(bits, shape[1], n_bytes)
+                    self.shapes[name] = (shape[0], n_bytes)
 
     def cut_here(self, name: str) -> Cut:
         """How this folder's shards cut the weight, which for an embedding may be Meta's way."""
@@ -104,8 +122,11 @@ class Checkpoint(Source):
         with naming(self.paths[i]):
             check_shapes({name: tuple(weight.shape) for name, weight in shard.items()}, wanted)
             for name, weight in shard.items():
-                if str(weight.dtype).removeprefix("torch.") not in DTYPES:
-                    raise ValueError(f"{name} is {weight.dtype}, not one of {', '.join(DTYPES)}")
+                wanted_dtypes = ("uint8",) if self.bits_of(name) else DTYPES
+                if str(weight.dtype).removeprefix("torch.") not in wanted_dtypes:
+                    raise ValueError(
+                        f"{name} is {weight.dtype}, not one of {', '.join(wanted_dtypes)}"
+                    )
                 if weight.dtype != self.dtypes[name]:
                     raise ValueError(
                         f"{name} is {weight.dtype}, but {self.dtypes[name]} in "
@@ -138,7 +159,7 @@ class Checkpoint(Source):
         A view of the mapped file where one shard holds it so, and in the same dtype.
         """
         found = self.read(name, *self.range_of(name, rank, n))
-        return found.contiguous().to(dtype or self.dtype)
+        return found.contiguous().to(self.dtype_of(name, dtype))
 
     def check_share(self, rank: int, n: int) -> None:
         """Raise ValueError where the parts that rank of n ranks reads are damaged by the manifest.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.quantized import quantized
 from llama.checkpoint.weights import Source
 from llama.cli import first_few
 from llama.tokenizer import Tokenizer
@@ -43,14 +44,15 @@ def open_any(path: str | Path) -> Source:
 
 
 def open_pair(
-    ckpt_dir: str | Path, tokenizer_path: str | Path | None = None
+    ckpt_dir: str | Path, tokenizer_path: str | Path | None = None, quantize: str | None = None
 ) -> tuple[Source, Tokenizer]:
     """A checkpoint of any format, not yet read, and its tokenizer: None takes what it holds.
 
+    quantize: int8 or int4, in which its matrices are then read; None leaves them as they are.
     The ids that the checkpoint names as ends are among the tokenizer's stop_ids. Raises ValueError
     where the two do not belong together by the size of their vocabularies.
     """
-    ckpt = open_any(ckpt_dir)
+    ckpt = quantized(open_any(ckpt_dir), quantize)
     own = tokenizer_path is None
     if own and not ckpt.has_tokenizer:
         raise ValueError(

@@ -98,6 +98,8 @@ def checked_blocks(source: Source, name: str, multiple: int = 1) -> Iterator[tor
 
 def in_dtype(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """Convert a block of a weight; ValueError for numbers that only a wider dtype can hold."""
+    if block.dtype == torch.uint8:  # quantised
+        return block
     converted = block.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(block.dtype).max
     if narrower and bool((converted.isinf() & block.isfinite()).any()):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.weights import cut_of, tokenizer_in, weight_shapes
+from llama.checkpoint.weights import cut_of, tokenizer_in
 from llama.cli import counted, first_few
 from llama.files import hash_of, naming, read_json, write_json
 from llama.model import ModelArgs
@@ -109,9 +109,15 @@ class Manifest:
                 f"the old values back, or, if they are meant to change, remove {NAME}"
             )
 
-    def check_model(self, folder: Path, args: ModelArgs, dtypes: dict[str, torch.dtype]) -> None:
+    def check_model(
+        self,
+        folder: Path,
+        args: ModelArgs,
+        shapes: dict[str, tuple[int, ...]],
+        dtypes: dict[str, torch.dtype],
+    ) -> None:
         """Raise ValueError unless this describes the weights of the model in so many shards."""
-        described = describe_weights(args, dtypes)
+        described = describe_weights(shapes, dtypes)
         said = {
             name: {key: weight[key] for key in ("shape", "dtype")}
             for name, weight in self.weights.items()
@@ -136,9 +142,11 @@ def describe_file(path: Path) -> dict[str, int | str]:
     return {"size": path.stat().st_size, "sha256": hash_of(path)}
 
 
-def describe_weights(args: ModelArgs, dtypes: dict[str, torch.dtype]) -> dict[str, dict]:
+def describe_weights(
+    shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
+) -> dict[str, dict]:
     """What a manifest says of every weight of a model, but for its hash."""
     return {
         name: {"shape": list(shape), "dtype": str(dtypes[name]).removeprefix("torch.")}
-        for name, shape in weight_shapes(args).items()
+        for name, shape in shapes.items()
     }

@@ -17,6 +17,7 @@ from llama.cli import first_few, say
 from llama.files import bytes_of
 from llama.model import ModelArgs
 from llama.options import check_dtype
+from llama.quantize import group_of, pack
 
 BLOCK_ROWS = 128  # a few MB at the most, on each of several threads
 BLOCK_NUMBERS = 1 << 20  # on one thread
@@ -33,6 +34,7 @@ class Kind:
     cut: int | None  # the dimension that shards cut; None: every shard holds the whole
     once: bool = False  # in the model, not in each layer
     rotary: bool = False  # rows are rotary pairs, which Hugging Face orders otherwise
+    bits: int = 0  # that --quantize int4 leaves; int8 leaves 8 of all that have any; 0: never less
 
     def pattern(self, form: str) -> str:
         """The full name in a format ("meta", "hf" or "gguf"), N for the number of the layer."""
@@ -42,17 +44,17 @@ class Kind:
 LAYER = {"meta": "layers.N.", "hf": "model.layers.N.", "gguf": "blk.N."}
 KINDS = (  # in the order in which shards hold them, those of each layer together
     Kind("tok_embeddings", "model.embed_tokens", "token_embd", ("vocab_size", "dim"), 1, once=True),
-    Kind("attention.wq", "self_attn.q_proj", "attn_q", ("q_dim", "dim"), 0, rotary=True),
-    Kind("attention.wk", "self_attn.k_proj", "attn_k", ("kv_dim", "dim"), 0, rotary=True),
-    Kind("attention.wv", "self_attn.v_proj", "attn_v", ("kv_dim", "dim"), 0),
-    Kind("attention.wo", "self_attn.o_proj", "attn_output", ("dim", "q_dim"), 1),
-    Kind("feed_forward.w1", "mlp.gate_proj", "ffn_gate", ("hidden_dim", "dim"), 0),
-    Kind("feed_forward.w2", "mlp.down_proj", "ffn_down", ("dim", "hidden_dim"), 1),
-    Kind("feed_forward.w3", "mlp.up_proj", "ffn_up", ("hidden_dim", "dim"), 0),
+    Kind("attention.wq", "self_attn.q_proj", "attn_q", ("q_dim", "dim"), 0, rotary=True, bits=4),
+    Kind("attention.wk", "self_attn.k_proj", "attn_k", ("kv_dim", "dim"), 0, rotary=True, bits=4),
+    Kind("attention.wv", "self_attn.v_proj", "attn_v", ("kv_dim", "dim"), 0, bits=4),
+    Kind("attention.wo", "self_attn.o_proj", "attn_output", ("dim", "q_dim"), 1, bits=4),
+    Kind("feed_forward.w1", "mlp.gate_proj", "ffn_gate", ("hidden_dim", "dim"), 0, bits=4),
+    Kind("feed_forward.w2", "mlp.down_proj", "ffn_down", ("dim", "hidden_dim"), 1, bits=4),
+    Kind("feed_forward.w3", "mlp.up_proj", "ffn_up", ("hidden_dim", "dim"), 0, bits=4),
     Kind("attention_norm", "input_layernorm", "attn_norm", ("dim",), None),
     Kind("ffn_norm", "post_attention_layernorm", "ffn_norm", ("dim",), None),
     Kind("norm", "model.norm", "output_norm", ("dim",), None, once=True),
-    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, once=True),
+    Kind("output", "lm_head", "output", ("vocab_size", "dim"), 0, once=True, bits=8),
 )
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.)")
@@ -100,6 +102,12 @@ def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
                 name = kind.pattern("meta").replace("N", str(i))
                 shapes[name] = tuple(getattr(args, size) for size in kind.shape)
     return shapes
+
+
+def bits_of(name: str, quantize: str) -> int:
+    """The bits that a weight's numbers have, quantised to int8 or int4; 0 if it stays as it is."""
+    bits = kind_of(name).bits
+    return bits and max(bits, 8 if quantize == "int8" else 4)
 
 
 def check_layers(args: ModelArgs, n_found: int) -> None:
@@ -179,10 +187,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def default_out_dir(path: str | Path, n: int) -> Path:
-    """Where a checkpoint is cut to: beside it, under its name with _fs and n behind."""
+def default_out_dir(path: str | Path, n: int, quantize: str | None = None) -> Path:
+    """Where a checkpoint is cut to: beside it, under its name with _fs, n and int8 behind."""
     path = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
-    return path.with_name(f"{path.name.removesuffix('.gguf')}_fs{n}")
+    name = f"{path.name.removesuffix('.gguf')}_fs{n}"
+    return path.with_name(f"{name}_{quantize}" if quantize else name)
 
 
 def tokenizer_in(folder: Path) -> dict[str, Path]:
@@ -197,10 +206,12 @@ class Source:
     path: what the user gave, for messages. params: as in Meta's params.json. args: the same,
     checked. shapes: of each weight, by Meta's names. dtype: the one that holds every weight without
     loss. files: what goes along beside the weights, the tokenizer above all: content, or where it
-    is to be copied from. n: how many shards it lies in.
+    is to be copied from. n: how many shards it lies in. Quantised weights are read as uint8, and
+    their shapes are of that.
     """
 
     form, n = "weights", 1
+    quantize: str | None = None  # int8 or int4, where matrices are read as pack() makes them
 
     def __init__(
         self,
@@ -233,6 +244,35 @@ class Source:
         rows, size = self.shapes[name][0], -(-BLOCK_ROWS // multiple) * multiple
         for start in range(0, rows, size):
             yield start, self.read(name, 0, start, min(start + size, rows))
+
+    def bits_of(self, name: str) -> int:
+        """The bits of a quantised weight's numbers; 0 for one that is not quantised."""
+        return 0 if self.quantize is None else bits_of(name, self.quantize)
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
+        """What a weight is in memory and in shards, where others are in a dtype."""
+        return torch.uint8 if self.bits_of(name) else dtype or self.dtype
+
+    def packed(
+        self, name: str, bits: int, group: int, start: int, stop: int, columns: slice
+    ) -> torch.Tensor:
+        """Some columns of rows of a matrix, whole groups of them, quantised."""
+        return pack(self.block(name, start, stop, columns), bits, group)
+
+    def group_of(self, name: str, bits: int) -> int | None:
+        """The inputs of a group in which a matrix is quantised already. By default it is not."""
+
+    def check_cut(self, n: int, what: str) -> None:
+        """Raise ValueError unless the model cuts into n; where it is quantised, between groups."""
+        check_shard_count(self.args, n, what)
+        for name, shape in weight_shapes(self.args).items() if self.quantize else ():
+            bits, cut = self.bits_of(name), cut_of(name, self.args, n)
+            group = group_of(bits, shape[1], self.shapes[name][1]) if bits else 1
+            if cut.dim == 1 and shape[1] // cut.parts % group:
+                raise ValueError(
+                    f"{what} does not cut into {n} shards: {name} is quantised in groups of "
+                    f"{group} of its {shape[1]} inputs; take fewer shards, or no --quantize"
+                )
 
     @functools.cached_property
     def tied(self) -> bool:
@@ -269,7 +309,7 @@ class Source:
         In a dtype, by default this one's own. Raises ValueError, before the first is given, for
         damage that hashes show, and for an n into which the model does not cut.
         """
-        check_shard_count(self.args, n, f"{self.path}: with {n} ranks running, it")
+        self.check_cut(n, f"{self.path}: with {n} ranks running, it")
         if work := self.work_to_save(n, dtype):
             say(f"{self.path}: {work}")
         self.check_share(rank, n)
@@ -285,7 +325,7 @@ class Source:
         shape = cut_of(name, self.args, n).shape(self.shapes[name])
         if len(shape) == 1:  # a norm, whole
             return self.read(name).to(dtype or self.dtype)
-        part = torch.empty(shape, dtype=dtype or self.dtype)
+        part = torch.empty(shape, dtype=self.dtype_of(name, dtype))
         columns = slice(start, stop) if dim else slice(None)
         first, size = 0 if dim else start, -(-BLOCK_NUMBERS // shape[1])
         for low in range(0, len(part), size):

@@ -33,13 +33,14 @@ def write_checkpoint(
     take it.
     """
     out_dir, dtype = Path(os.path.abspath(out_dir)), dtype or source.dtype
-    check_shard_count(source.args, n, f"the model to be written to {out_dir}")
+    source.check_cut(n, f"the model to be written to {out_dir}")
     with new_folder(out_dir) as folder:
         paths = [folder / shard_name(i, prefix) for i in range(n)]
         hashes = _write_shards(source, paths, dtype)
         write_files(folder, source.files)
         write_json(folder / "params.json", source.params)
-        described = describe_weights(source.args, dict.fromkeys(source.shapes, dtype))
+        dtypes = {name: source.dtype_of(name, dtype) for name in source.shapes}
+        described = describe_weights(source.shapes, dtypes)
         weights = {name: described[name] | hashes[name] for name in described}
         shards = {path.name: path.stat().st_size for path in paths}
         files = {name: describe_file(folder / name) for name in source.files}
@@ -73,6 +74,7 @@ def _write_weight(
     """
     cut = cut_of(name, source.args, len(shards))
     part_shape = cut.shape(source.shapes[name])
+    dtype = source.dtype_of(name, dtype)
     row_bytes = math.prod(part_shape[1:]) * dtype.itemsize
     as_read, whole = hashlib.sha256(), hashlib.sha256()
     # One part is the whole, and not hashed twice.
@@ -132,11 +134,13 @@ def _lay_out(source: Source, paths: list[Path], dtype: torch.dtype) -> list[Laid
     shapes = {
         name: cut_of(name, source.args, n).shape(shape) for name, shape in source.shapes.items()
     }
-    check_space(paths[0].parent, n * sum(map(math.prod, shapes.values())) * dtype.itemsize)
+    dtypes = {name: source.dtype_of(name, dtype) for name in shapes}
+    size = sum(math.prod(shapes[name]) * dtypes[name].itemsize for name in shapes)
+    check_space(paths[0].parent, n * size)
     shards = []
     for path in paths:
         # Never touched, so these take address space but no memory.
-        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        empty = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
         with naming_refusals(path), torch.serialization.skip_data():
             torch.save(empty, str(path))
         offsets = {name: start for name, (start, _) in zip(shapes, tensor_ranges(path))}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.cli import check_at_least
-from llama.options import check_dtype
+from llama.options import check_dtype, check_quantize
 
 # How Stanford Alpaca's prompts begin: what a soft prompt starts from.
 ALPACA_PREAMBLE = (
@@ -57,6 +57,7 @@ class TuningOptions:
         gradient_checkpointing: compute activations twice rather than hold them.
         seed: of the order of rows, the rows held out and a random start.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        quantize: int8 or int4: hold the model's matrices in 8 or 4 bits; the prompt is not.
     """
 
     ckpt_dir: str
@@ -83,6 +84,7 @@ class TuningOptions:
     gradient_checkpointing: bool = False
     seed: int = option(0, at_least=0, must_stay=True)
     dtype: str | None = None
+    quantize: str | None = option(None, must_stay=True)
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the flag, for what a run cannot be trained with."""
@@ -103,8 +105,10 @@ class TuningOptions:
             if not right:
                 raise ValueError(f"--{name} must be {wanted}, not {getattr(self, name)!r}")
         check_dtype(self.dtype)
+        check_quantize(self.quantize)
 
     def must_stay(self) -> dict:
         """The options without which a resumed run would not go on with what it began."""
-        fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.metadata.get("must_stay")}
+        names = [f.name for f in dataclasses.fields(self) if f.metadata.get("must_stay")]
+        # None of them may be None but quantize, which runs of before it do not know.
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
