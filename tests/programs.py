@@ -58,7 +58,7 @@ def collectives_of_a_step(model) -> list[str]:
 
 
 SAMPLING = {"max_gen_len": 12, "temperature": 0.9, "top_p": 0.9, "seed": 4, "top_k": 20}
-SAMPLING |= {"min_p": 0.01, "repetition_penalty": 1.2, "stop": ["e"]}
+SAMPLING |= {"min_p": 0.01, "repetition_penalty": 1.2, "stop": ["d"]}
 MAX_BATCH_SIZE = 3  # less than there are prompts
 
 

@@ -130,15 +130,15 @@ def test_a_row_that_ends_gives_its_place_to_the_next_prompt(tmp_path, monkeypatc
     monkeypatch.setattr(generation, "SORTED_BATCHES", sorted_batches)
     llama = build(tmp_path, max_batch_size=3)
     prompts = ["a b c " * 6, *PROMPTS, *(prompt * 2 for prompt in PROMPTS), PROMPTS[2] * 3]
-    options = {"stop": ["e"], "repetition_penalty": 1.2, "logprobs": 1, "echo": True}
+    options = {"stop": ["d"], "repetition_penalty": 1.2, "logprobs": 1, "echo": True}
     alone = [llama.generate([prompt], 12, 0, **options)[0] for prompt in prompts]
     n_draws = [len(output.token) for output in alone]
     assert len(set(n_draws)) > 3  # they end at different times
     passes, caches = [], []
 
     def watched(input_ids=None, inputs_embeds=None, **kwargs):
-        h = input_ids if inputs_embeds is None else inputs_embeds
-        passes.append(("read" if inputs_embeds is not None else "step", len(h)))
+        kind, h = ("step", input_ids) if inputs_embeds is None else ("read", inputs_embeds)
+        passes.append((kind, *h.shape[:2]))
         return hidden_states(input_ids, inputs_embeds, **kwargs)
 
     hidden_states = llama.model.hidden_states
@@ -156,11 +156,13 @@ def test_a_row_that_ends_gives_its_place_to_the_next_prompt(tmp_path, monkeypatc
     longest = max(len(llama.tokenizer.encode(prompt)) for prompt in prompts)
     assert caches == [(3, longest + 12)]
     # A step for each token but the first, and none for a row that has ended.
-    assert sum(n for kind, n in passes if kind == "step") == sum(n_draws) - len(prompts)
-    last = max(i for i, (kind, _) in enumerate(passes) if kind == "read")
-    for i, (kind, n) in enumerate(passes[:last]):
-        if kind == "step" and passes[i + 1][0] == "step":
-            assert n == 3, passes  # no place is empty while prompts wait
+    assert sum(n for kind, n, _ in passes if kind == "step") == sum(n_draws) - len(prompts)
+    reads = [i for i, (kind, *_) in enumerate(passes) if kind == "read"]
+    for i in range(reads[-1]):
+        if passes[i][0] == passes[i + 1][0] == "step":
+            assert passes[i][1] == 3  # no place is empty while prompts wait
+    lens = [passes[i][2] for i in reads]
+    assert (lens == sorted(lens, reverse=True)) == (sorted_batches == 8)
 
 
 def test_what_the_cache_held_before_is_never_seen(tmp_path, monkeypatch):
