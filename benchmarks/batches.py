@@ -5,6 +5,7 @@ OMP_NUM_THREADS=2 python benchmarks/batches.py --ckpt_dir ckpts/SmolLM2-135M-Ins
 
 import random
 import time
+from collections.abc import Sequence
 
 from llama import LLaMA, cli
 from llama.options import SamplingParams
@@ -22,9 +23,12 @@ def main(ckpt_dir: str, check: bool = False) -> None:
     limits = [SHORTEST + i * (LONGEST - SHORTEST) // (N - 1) for i in range(N)]
     choose.shuffle(limits)
     ids = generator.tokenizer.encode(TEXT * 20)
-    prompts = [ids[at : at + choose.randint(4, 128)] for at in (choose.randrange(20) for _ in ids)]
+    prompts = []
+    for _ in range(N):
+        at = choose.randrange(20)
+        prompts.append(ids[at : at + choose.randint(4, 128)])
 
-    def run(numbers: list[int], limits: list[int]) -> list[Row]:
+    def run(numbers: Sequence[int], limits: list[int]) -> list[Row]:
         params = [SamplingParams(limits[i], 0) for i in numbers]
         rows = [generator._row(prompts[i], f"{i}", made) for i, made in zip(numbers, params)]
         list(generator._in_order(rows, generator._sampler(params[0])))
@@ -33,17 +37,17 @@ def main(ckpt_dir: str, check: bool = False) -> None:
     def fixed() -> None:
         """Each batch until its longest answer ends, as rows that ended stayed in it."""
         for first in range(0, N, BSZ):
-            batch = list(range(first, first + BSZ))
+            batch = range(first, first + BSZ)
             longest = max(limits[i] for i in batch)
             run(batch, [longest] * N)
 
-    run([0], [8] * N)  # warms up
-    seconds, found = {}, run(list(range(BSZ)), [8] * N)
+    run(range(BSZ), [8] * N)  # warms up
+    seconds = {}
     for name, work in {"fixed batches": fixed, "continuous": lambda: run(range(N), limits)}.items():
         began = time.perf_counter()
         found = work()
         seconds[name] = time.perf_counter() - began
-        print(f"{name:14} {sum(limits) / seconds[name]:6.1f} tokens a second")
+        print(f"{name:14} {sum(limits) / seconds[name]:6.1f} tokens a second", flush=True)
     print(f"{seconds['fixed batches'] / seconds['continuous']:.2f} times as fast")
     if check:
         alone = [run([i], limits)[0] for i in range(N)]
