@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from llama import parallel
+from llama.batch import Batch, take_alike
 from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
@@ -22,7 +24,7 @@ from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
 
 LONGEST_CONTEXT = 4096  # taken where nobody says how long it is to be
-ECHO_ROWS = 128  # positions of a prompt whose logits are in memory at once
+SORTED_BATCHES = 8  # so many batches' prompts are started longest first, and then the next ones
 
 
 class PromptCache:
@@ -110,7 +112,10 @@ class LLaMA:
         return list(self.outputs(prompts, *args, **params))
 
     def outputs(self, prompts: Sequence[Prompt], *args: Any, **params: Any) -> Iterator[Output]:
-        """Give what generate() does, max_batch_size of them at a time, as they are done."""
+        """Give what generate() does, each as soon as it and all before it are done.
+
+        max_batch_size of them run at a time, and one that ends gives its place to the next.
+        """
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list: generate([prompt]), or stream(prompt)")
         if not prompts:
@@ -118,7 +123,7 @@ class LLaMA:
         made, rows = SamplingParams.of(*args, **params), []
         for number, prompt in enumerate(prompts, 1):
             rows += [self._row(prompt, f"prompt {number}", made) for _ in range(made.n)]
-        return self._in_batches(rows, self._sampler(made))
+        return self._in_order(rows, self._sampler(made))
 
     def stream(
         self,
@@ -140,7 +145,8 @@ class LLaMA:
         if cache is not None and self.max_seq_len > cache.max_seq_len:
             raise ValueError("max_seq_len was raised since this cache was made: make another")
         row, sampler = self._row(prompt, "the prompt", made), self._sampler(made, interrupted)
-        return Stream(row.output, (piece for _, piece in self._continue([row], sampler, cache)))
+        pieces = (piece for _, piece in self._continue([row], sampler, cache) if piece)
+        return Stream(row.output, pieces)
 
     def check_fits(self, prompt: Prompt, max_gen_len: int = 1) -> None:
         """Raise ValueError if a prompt leaves no room in max_seq_len for any token of so many."""
@@ -201,65 +207,69 @@ class LLaMA:
             generator.manual_seed(params.seed)
         return Sampler(params, generator, interrupted)
 
-    def _in_batches(self, rows: list[Row], sampler: Sampler) -> Iterator[Output]:
-        for first in range(0, len(rows), self.max_batch_size):
-            batch = rows[first : first + self.max_batch_size]
-            for _ in self._continue(batch, sampler):
-                pass
-            yield from (row.output for row in batch)
+    def _in_order(self, rows: list[Row], sampler: Sampler) -> Iterator[Output]:
+        """Give the rows' outputs in their order; longest first is how they are started."""
+        n, started = SORTED_BATCHES * self.max_batch_size, []
+        for first in range(0, len(rows), n):
+            started += sorted(rows[first : first + n], key=lambda row: -len(row.ids))
+        wanted = deque(rows)
+        for _ in self._continue(started, sampler):
+            while wanted and wanted[0].done:
+                yield wanted.popleft().output
 
     @torch.inference_mode()
     def _continue(
-        self, rows: list[Row], sampler: Sampler, cache: PromptCache | None = None
+        self, prompts: list[Row], sampler: Sampler, cache: PromptCache | None = None
     ) -> Iterator[tuple[Row, str]]:
-        """Give the pieces of the rows' texts as they come, and fill the rows' outputs."""
-        # How much of the cache each row fills, and how much more it may.
-        lengths = [self.num_virtual_tokens + len(row.ids) for row in rows]
-        kept = 0  # tokens that were read before
+        """Give the pieces of the prompts' texts as they come, at last one that may be empty.
+
+        max_batch_size of them run at a time, started in their order: the next where one ends.
+        """
+        bsz, kept = min(len(prompts), self.max_batch_size), 0  # kept: tokens that were read before
         if cache is None:
-            longest = max(length + row.limit for length, row in zip(lengths, rows))
-            kv = KVCache(self.model, len(rows), longest)
+            longest = max(len(row.ids) + row.limit for row in prompts)
+            kv = KVCache(self.model, bsz, self.num_virtual_tokens + longest)
         else:
-            kv, kept = cache.kv, cache.keep(rows[0].ids, self.soft_prompt)
+            kv, kept = cache.kv, cache.keep(prompts[0].ids, self.soft_prompt)
             turn = cache.n_streams
-        began = parallel.now()
-        logits = self._prefill(rows, kv, kept, sampler.params.echo)
-        prefilled = parallel.now()
-        n_read = sum(len(row.ids) for row in rows) - kept
-        self.timing.prompt_seconds += prefilled - began
-        self.timing.prompt_tokens += n_read
-        if cache is not None:
-            cache.ids = rows[0].ids
-        sampler.begin([row.ids for row in rows], logits.shape[1])
-        for row in rows:
-            row.done = row.limit == 0
-            row.output.timing.prompt_seconds = prefilled - began
+        batch, waiting = Batch(self.model, self.soft_prompt, kv), deque(prompts)
+        began, reading = parallel.now(), 0.0
         try:
-            while not all(row.done for row in rows):
-                next_ids = sampler.next_ids(logits)
-                tokens = next_ids.tolist()
-                if sampler.params.logprobs is not None:
-                    self._add_logprobs(rows, tokens, logits, sampler.params.logprobs)
-                for row, token in zip(rows, tokens):
-                    if not row.done:
-                        piece = self._take(row, token)
-                        if row.done:
-                            row.output.timing.generated_seconds = parallel.now() - prefilled
-                        if piece:
-                            yield row, piece
-                if all(row.done for row in rows):
-                    break
+            while batch.rows or waiting:
                 if cache is not None and cache.n_streams != turn:
                     raise ValueError("another stream uses this cache: give each its own")
-                logits = self._decode_one_token(next_ids, lengths, kv)
+                logits = [batch.decode_one_token()] if batch.rows else []
+                while waiting and len(batch.rows) < bsz:
+                    new = take_alike(waiting, bsz - len(batch.rows))
+                    logits.append(batch.add(new, kept, sampler.params.echo))
+                    sampler.add([row.ids for row in new], logits[-1].shape[1])
+                    seconds = new[0].output.timing.prompt_seconds  # of them all
+                    reading += seconds
+                    self.timing.prompt_seconds += seconds
+                    self.timing.prompt_tokens += sum(len(row.ids) - kept for row in new)
                 if cache is not None:
-                    cache.ids = rows[0].ids + rows[0].output.token
-                # A finished row stays in the batch: it writes again and again where it ended.
-                lengths = [length + (not row.done) for length, row in zip(lengths, rows)]
+                    cache.ids = batch.rows[0].ids + batch.rows[0].output.token
+                yield from self._take_tokens(batch.rows, torch.cat(logits), sampler)
+                if any(row.done for row in batch.rows):
+                    sampler.keep(batch.drop_done())
         finally:
-            self.timing.generated_seconds += parallel.now() - prefilled
-        if self.ckpt is not None:
-            self.ckpt.check_unchanged()
+            self.timing.generated_seconds += parallel.now() - began - reading
+
+    def _take_tokens(
+        self, rows: list[Row], logits: torch.Tensor, sampler: Sampler
+    ) -> Iterator[tuple[Row, str]]:
+        """Draw the next token of each row; give what can be shown now, and all rows that end."""
+        tokens = sampler.next_ids(logits).tolist()
+        if sampler.params.logprobs is not None:
+            self._add_logprobs(rows, tokens, logits, sampler.params.logprobs)
+        for row, token in zip(rows, tokens):
+            piece = "" if row.done else self._take(row, token)
+            if row.done:
+                row.output.timing.generated_seconds = parallel.now() - row.began
+                if self.ckpt is not None:
+                    self.ckpt.check_unchanged()
+            if piece or row.done:
+                yield row, piece
 
     def _take(self, row: Row, token: int) -> str:
         """Add a token to a row, or end it; what can be shown of its text now."""
@@ -299,44 +309,6 @@ class LLaMA:
             if not row.done and token >= 0 and token not in self.tokenizer.stop_ids:
                 row.logprobs.append(chosen[i])
                 row.top_logprobs.append(dict(zip(ids[i], values[i])))
-
-    def _prefill(self, rows: list[Row], kv: KVCache, kept: int, echo: bool) -> torch.Tensor:
-        """Logits (bsz, vocab_size) after each prompt, all rows in one pass, padded on the right.
-
-        What a pad puts into the cache lies behind its row's end, and is overwritten before the row
-        gets there. kept: tokens of a single row that the cache holds already.
-        """
-        batch = [row.ids[kept:] for row in rows]
-        longest = max(map(len, batch))
-        padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in batch]
-        h = self.model.tok_embeddings(torch.tensor(padded, dtype=torch.long, device=self.device))
-        start = self.num_virtual_tokens + kept if kept else 0
-        if self.soft_prompt is not None and not kept:
-            soft = self.soft_prompt.to(h).expand(len(batch), -1, -1)
-            h = torch.cat((soft, h), dim=1)  # (bsz, num_virtual_tokens + longest, dim)
-        h = self.model.hidden_states(inputs_embeds=h, cache=kv, start_pos=[start] * len(batch))
-        if echo:
-            for row, states in zip(rows, h):
-                row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
-        before = h.shape[1] - longest  # what the tuned prompt takes
-        lasts = [before + len(ids) - 1 for ids in batch]
-        return self.model.gather_logits(h[range(len(batch)), lasts])  # of the last token of each
-
-    def _prompt_logprobs(self, ids: list[int], h: torch.Tensor) -> list[float | None]:
-        """The log-probability of each id of a prompt, of its states (… + longest, dim)."""
-        virtual = self.num_virtual_tokens
-        first = 0 if virtual else 1  # nothing stands before the first id, but for a tuned prompt
-        found: list[float | None] = [None] * first
-        for start in range(first, len(ids), ECHO_ROWS):
-            wanted = torch.tensor(ids[start : start + ECHO_ROWS], device=h.device)[:, None]
-            before = virtual + start - 1
-            logits = self.model.gather_logits(h[before : before + len(wanted)])
-            found += logits.log_softmax(dim=-1).gather(1, wanted)[:, 0].tolist()
-        return found
-
-    def _decode_one_token(self, ids: torch.Tensor, lengths: list[int], kv: KVCache) -> torch.Tensor:
-        h = self.model.hidden_states(ids[:, None], cache=kv, start_pos=lengths)
-        return self.model.gather_logits(h[:, -1])
 
 
 def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:

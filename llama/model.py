@@ -1,5 +1,6 @@
 """The LLaMA transformer on fairscale's layers: one class for cached generation and for training."""
 
+import copy
 import math
 import reprlib
 from dataclasses import dataclass, fields
@@ -134,20 +135,36 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of one batch, of just the size that the batch needs.
+    """Keys and values of so many rows, each of just the length that the longest needs.
 
     Before each pass advance() says where its keys and values go; then each layer calls update().
+    A pass over some of the rows takes the narrow() of them.
     """
 
     def __init__(self, model: "Transformer", bsz: int, max_len: int) -> None:
         weight = model.norm.weight
         shape = (model.args.n_layers, 2, bsz, max_len, model.n_local_kv_heads, model.args.head_dim)
-        # Zeros: what a row has not written yet is masked, but 0 times NaN would still be NaN.
+        # Zeros: what a row has not written yet is masked, but 0 times NaN would still be NaN. What
+        # an earlier prompt left is finite: the first logits that are not have ended the run.
         self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device).unbind(0)
         self.rows = torch.arange(bsz, device=weight.device)[:, None]  # (bsz, 1)
         self.end = 0  # of what any row has written
         self.starts = np.zeros(bsz, int)  # where the pass begins to write
         self.place: tuple = ()  # index into (bsz, max_len) of what the pass writes
+
+    def narrow(self, start: int, bsz: int) -> "KVCache":
+        """The cache of bsz rows from start on, in the same memory."""
+        if bsz == len(self.rows):
+            return self
+        part = copy.copy(self)
+        part.layers = tuple(layer[:, start : start + bsz] for layer in self.layers)
+        part.rows = self.rows[:bsz]
+        return part
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a row, so many, over those of another."""
+        for layer in self.layers:
+            layer[:, target, :length] = layer[:, source, :length]
 
     def advance(self, start_pos: list[int], seqlen: int) -> tuple[Tensor, Tensor | None]:
         """Have the next pass write row i at start_pos[i] onward.

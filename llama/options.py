@@ -101,7 +101,7 @@ class GenerationOptions(SamplingParams):
         echo: with --json: log-probabilities of the prompt's own tokens.
         max_seq_len: the most tokens of prompt and continuation, and of a tuned prompt, together;
             by default 512, in a chat what the model was made for, up to 4096.
-        max_batch_size: prompts to run at once; more than that run in several batches.
+        max_batch_size: prompts to run at once; the next one starts where one ends.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
         quantize: int8 or int4: hold the matrices in 8 or 4 bits, rounded while they are loaded;
             by default as the checkpoint has them.

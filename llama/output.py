@@ -48,7 +48,7 @@ class Stream(Iterator[str]):
 
 @dataclass
 class Row:
-    """A prompt of a batch, and its continuation while it grows."""
+    """A prompt, and its continuation while it grows."""
 
     name: str  # for messages
     ids: list[int]
@@ -56,5 +56,6 @@ class Row:
     text: TextStream
     output: Output
     done: bool = False
+    began: float = 0.0  # seconds on parallel.now()'s clock, when its prompt had been read
     logprobs: list[float] = field(default_factory=list)  # for the output, where asked for
     top_logprobs: list[dict[int, float]] = field(default_factory=list)

@@ -13,7 +13,7 @@ INTERRUPTED = -2  # in place of all: rank 0 was asked to stop here
 
 
 class Sampler:
-    """Chooses the next ids of a batch, one row after the other of its prompts' ids.
+    """Chooses the next ids of the rows at work, which come and go with add() and keep().
 
     generator: of random numbers, on the device of the logits. interrupted: asked on rank 0 before
     each choice, whether to end all rows here.
@@ -28,13 +28,19 @@ class Sampler:
         self.params, self.generator, self.interrupted = params, generator, interrupted
         self.seen: torch.Tensor | None = None  # (bsz, vocab_size) bool: ids that are penalised
 
-    def begin(self, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-        """Take up a new batch, of these prompts' ids."""
+    def add(self, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        """Take up rows, of these prompts' ids, behind those that there are."""
         if self.params.repetition_penalty != 1:
             device = self.generator.device
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, ids in zip(self.seen, prompts):
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            for row, ids in zip(seen, prompts):
                 row[torch.tensor(ids, dtype=torch.long, device=device)] = True
+            self.seen = seen if self.seen is None else torch.cat((self.seen, seen))
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        if self.seen is not None:
+            self.seen = self.seen[rows]
 
     def next_ids(self, logits: torch.Tensor) -> torch.Tensor:
         """The next id of each row, (bsz,), of its logits (bsz, vocab_size).

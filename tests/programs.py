@@ -58,14 +58,15 @@ def collectives_of_a_step(model) -> list[str]:
 
 
 SAMPLING = {"max_gen_len": 12, "temperature": 0.9, "top_p": 0.9, "seed": 4, "top_k": 20}
-SAMPLING |= {"min_p": 0.01, "repetition_penalty": 1.2}
+SAMPLING |= {"min_p": 0.01, "repetition_penalty": 1.2, "stop": ["d"]}
+MAX_BATCH_SIZE = 3  # less than there are prompts
 
 
 def generated_tokens(models: list, prompts: list[str]) -> list:
     """What each of several models, of (folder, tokenizer), generates; the last one sampled too."""
     tokens = []
     for ckpt_dir, tokenizer_path in models:
-        generator = LLaMA.build(ckpt_dir, tokenizer_path)
+        generator = LLaMA.build(ckpt_dir, tokenizer_path, max_batch_size=MAX_BATCH_SIZE)
         outputs = generator.generate(prompts, max_gen_len=16, temperature=0)
         tokens.append([output.token for output in outputs])
     sampled = generator.generate(prompts, **SAMPLING)

@@ -23,7 +23,7 @@ from test_gguf_tokenizer import mixed_text
 from test_vocabulary import small_files
 from transformers import AutoModelForCausalLM
 
-from llama import LLaMA
+from llama import LLaMA, generation
 from llama.checkpoint.convert import convert
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.formats import open_any, open_pair
@@ -120,17 +120,49 @@ def test_greedy_on_ranks_equals_hugging_face(tmp_path, on_ranks, any_format, n):
     *found, sampled = on_ranks(n, programs.generated_tokens, models=models, prompts=PROMPTS)
     assert_alike(any_format, found[: len(any_format)])
     assert found[len(any_format) :] == [of_hugging_face(*model) for model in MODELS]
-    alone = build(tmp_path / "one", *MODELS[-1]).generate(PROMPTS, **programs.SAMPLING)
+    one = build(tmp_path / "one", *MODELS[-1], max_batch_size=programs.MAX_BATCH_SIZE)
+    alone = one.generate(PROMPTS, **programs.SAMPLING)
     assert sampled == [output.token for output in alone]
 
 
-@pytest.mark.parametrize("max_batch_size", [32, 3])
-def test_rows_of_a_mixed_batch_equal_each_alone(tmp_path, max_batch_size):
-    llama = build(tmp_path, max_batch_size=max_batch_size)
-    prompts = PROMPTS + [prompt * 2 for prompt in PROMPTS]
-    together = llama.generate(prompts, max_gen_len=12, temperature=0)
-    alone = [llama.generate([prompt], max_gen_len=12, temperature=0)[0] for prompt in prompts]
-    assert together == alone
+@pytest.mark.parametrize("sorted_batches", [8, 1])  # 1: longer prompts join shorter ones too
+def test_a_row_that_ends_gives_its_place_to_the_next_prompt(tmp_path, monkeypatch, sorted_batches):
+    monkeypatch.setattr(generation, "SORTED_BATCHES", sorted_batches)
+    llama = build(tmp_path, max_batch_size=3)
+    prompts = ["a b c " * 6, *PROMPTS, *(prompt * 2 for prompt in PROMPTS), PROMPTS[2] * 3]
+    options = {"stop": ["d"], "repetition_penalty": 1.2, "logprobs": 1, "echo": True}
+    alone = [llama.generate([prompt], 12, 0, **options)[0] for prompt in prompts]
+    n_draws = [len(output.token) for output in alone]
+    assert len(set(n_draws)) > 3  # they end at different times
+    passes, caches = [], []
+
+    def watched(input_ids=None, inputs_embeds=None, **kwargs):
+        kind, h = ("step", input_ids) if inputs_embeds is None else ("read", inputs_embeds)
+        passes.append((kind, *h.shape[:2]))
+        return hidden_states(input_ids, inputs_embeds, **kwargs)
+
+    hidden_states = llama.model.hidden_states
+    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    make = generation.KVCache
+    monkeypatch.setattr(generation, "KVCache", lambda *x: (caches.append(x[1:]), make(*x))[1])
+    outputs = llama.outputs(prompts, 12, 0, **options)
+    together = [next(outputs)]
+    assert len(passes) < 12 + len(prompts)  # it came before the others were done
+    together += outputs
+    for output, expected in zip(together, alone, strict=True):
+        assert (output.text, output.token) == (expected.text, expected.token)
+        assert output.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+        assert output.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-3)
+    longest = max(len(llama.tokenizer.encode(prompt)) for prompt in prompts)
+    assert caches == [(3, longest + 12)]
+    # A step for each token but the first, and none for a row that has ended.
+    assert sum(n for kind, n, _ in passes if kind == "step") == sum(n_draws) - len(prompts)
+    reads = [i for i, (kind, *_) in enumerate(passes) if kind == "read"]
+    for i in range(reads[-1]):
+        if passes[i][0] == passes[i + 1][0] == "step":
+            assert passes[i][1] == 3  # no place is empty while prompts wait
+    lens = [passes[i][2] for i in reads]
+    assert (lens == sorted(lens, reverse=True)) == (sorted_batches == 8)
 
 
 def test_what_the_cache_held_before_is_never_seen(tmp_path, monkeypatch):
@@ -179,7 +211,7 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path, name, value, temperat
     layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
     layer.weight[3, 5] = value
     message = (
-        r"prompt 1 \('Once'\), token 1: the model's logits are NaN or infinite.*--dtype bfloat16"
+        r"prompt 3 \('a b.*'\), token 1: the model's logits are NaN or infinite.*--dtype bfloat16"
     )
     with pytest.raises(ValueError, match=message):
         llama.generate(PROMPTS, temperature=temperature)
@@ -277,7 +309,7 @@ def test_logits_that_are_no_numbers_end_all_ranks_with_one_line(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "prompt 1" in errors[0]
+    assert re.search(r"prompt \d \('", errors[0])
     assert "--dtype bfloat16" in errors[0]
 
 

@@ -44,7 +44,7 @@ def test_draws_are_distributed_as_the_reference_says(name):
     params = SamplingParams(**({"temperature": 1.0, "top_p": 1.0} | CASES[name]))
     seen = [0, 2, 4]
     sampler = Sampler(params, torch.Generator().manual_seed(5))
-    sampler.begin([seen] * DRAWS, len(LOGITS))
+    sampler.add([seen] * DRAWS, len(LOGITS))
     ids = sampler.next_ids(torch.tensor([LOGITS]).repeat(DRAWS, 1))
     counts = torch.bincount(ids, minlength=len(LOGITS)).tolist()
     expected = reference(params, set(seen))
@@ -58,6 +58,6 @@ def test_draws_are_distributed_as_the_reference_says(name):
 def test_what_was_drawn_is_penalised_from_then_on():
     params = SamplingParams(temperature=0, repetition_penalty=3.0)
     sampler = Sampler(params, torch.Generator())
-    sampler.begin([[7]], len(LOGITS))
+    sampler.add([[7]], len(LOGITS))
     drawn = [sampler.next_ids(torch.tensor([LOGITS])).item() for _ in range(4)]
     assert drawn == [0, 6, 3, 0]  # 2.0, 1.9, 1.5, and then 2.0 / 3 before 1.9 / 3

@@ -1,0 +1,113 @@
+"""Rows that run together over one KV cache: prompts read, tokens decoded, ended rows left out."""
+
+from collections import deque
+
+import torch
+
+from llama import parallel
+from llama.model import KVCache, Transformer
+from llama.output import Row
+
+MAX_PADDING = 64  # tokens in a pass over prompts: more take longer than a pass of their own
+ECHO_ROWS = 128  # positions of a prompt whose logits are in memory at once
+
+
+class Batch:
+    """Rows of one KV cache: the first of it are at work, one for each of .rows, in their order.
+
+    Rows come and go between any two steps (continuous batching: Yu et al., 2022). soft_prompt
+    (num_virtual_tokens, dim) stands before every prompt, if there is one.
+    """
+
+    def __init__(
+        self, model: Transformer, soft_prompt: torch.Tensor | None, cache: KVCache
+    ) -> None:
+        self.model, self.soft_prompt, self.cache = model, soft_prompt, cache
+        self.virtual = 0 if soft_prompt is None else len(soft_prompt)
+        self.rows: list[Row] = []
+
+    @torch.inference_mode()
+    def add(self, rows: list[Row], kept: int = 0, echo: bool = False) -> torch.Tensor:
+        """Read the prompts of new rows: logits (bsz, vocab_size) after the last token of each.
+
+        All in one pass, padded on the right. What a pad puts into the cache lies behind its row's
+        end, and is overwritten before the row gets there. kept: tokens of a single row that the
+        cache holds already. echo: log-probabilities of the prompts are noted too.
+        """
+        began = parallel.now()
+        cache = self.cache.narrow(len(self.rows), len(rows))
+        prompts = [row.ids[kept:] for row in rows]
+        longest = max(map(len, prompts))
+        padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
+        device = self.model.norm.weight.device
+        h = self.model.tok_embeddings(torch.tensor(padded, dtype=torch.long, device=device))
+        start = self.virtual + kept if kept else 0
+        if self.soft_prompt is not None and not kept:
+            soft = self.soft_prompt.to(h).expand(len(rows), -1, -1)
+            h = torch.cat((soft, h), dim=1)  # (bsz, num_virtual_tokens + longest, dim)
+        h = self.model.hidden_states(inputs_embeds=h, cache=cache, start_pos=[start] * len(rows))
+        if echo:
+            for row, states in zip(rows, h):
+                row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
+        before = h.shape[1] - longest  # what the tuned prompt takes
+        lasts = [before + len(ids) - 1 for ids in prompts]
+        logits = self.model.gather_logits(h[range(len(rows)), lasts])
+        ended = parallel.now()
+        for row in rows:
+            row.began, row.done = ended, row.limit == 0
+            row.output.timing.prompt_seconds = ended - began
+        self.rows += rows
+        return logits
+
+    def _prompt_logprobs(self, ids: list[int], h: torch.Tensor) -> list[float | None]:
+        """The log-probability of each id of a prompt, of its states (… + longest, dim)."""
+        first = 0 if self.virtual else 1  # only a tuned prompt stands before the first id
+        found: list[float | None] = [None] * first
+        for start in range(first, len(ids), ECHO_ROWS):
+            wanted = torch.tensor(ids[start : start + ECHO_ROWS], device=h.device)[:, None]
+            before = self.virtual + start - 1
+            logits = self.model.gather_logits(h[before : before + len(wanted)])
+            found += logits.log_softmax(dim=-1).gather(1, wanted)[:, 0].tolist()
+        return found
+
+    def decode_one_token(self) -> torch.Tensor:
+        """Read the last token of each row: logits (bsz, vocab_size) after it."""
+        cache = self.cache.narrow(0, len(self.rows))
+        ids = [[row.output.token[-1]] for row in self.rows]
+        h = self.model.hidden_states(
+            torch.tensor(ids, device=self.model.norm.weight.device),
+            cache=cache,
+            start_pos=[self._filled(row) for row in self.rows],
+        )
+        return self.model.gather_logits(h[:, -1])
+
+    def drop_done(self) -> list[int]:
+        """Leave out the rows that are done: which of the rows are left, in their new order.
+
+        The last row takes the place of one that is done, so that those at work stay the first.
+        """
+        kept = list(range(len(self.rows)))
+        for i in reversed(range(len(self.rows))):
+            if self.rows[i].done:
+                last = kept.pop()
+                if i < len(kept):
+                    kept[i] = last
+                    self.cache.move(last, i, self._filled(self.rows[last]))
+        self.rows = [self.rows[i] for i in kept]
+        return kept
+
+    def _filled(self, row: Row) -> int:
+        """Positions of the cache that a row fills: not yet with its last token."""
+        return self.virtual + len(row.ids) + len(row.output.token) - 1
+
+
+def take_alike(waiting: deque[Row], most: int) -> list[Row]:
+    """Take the next prompts, so many at most, as long as padding them alike costs little."""
+    taken: list[Row] = []
+    lens: list[int] = []
+    while waiting and len(taken) < most:
+        lens.append(len(waiting[0].ids))
+        if len(lens) * max(lens) - sum(lens) > MAX_PADDING:
+            break
+        taken.append(waiting.popleft())
+    return taken
