@@ -19,7 +19,12 @@ def main(flags: GenerationOptions) -> None:
     memory = cli.MemoryWatch(interval=0.05)
     requests = read_requests(flags)
     generator = LLaMA.build(
-        flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size, flags.dtype
+        flags.ckpt_dir,
+        flags.tokenizer_path,
+        flags.max_seq_len,
+        flags.max_batch_size,
+        flags.dtype,
+        flags.offload,
     )
     if flags.chat:
         talk(Chat(generator, template_of(generator), flags.system, **flags.sampling()))

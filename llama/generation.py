@@ -14,6 +14,7 @@ from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
 from llama.model import KVCache, Transformer
+from llama.offload import Offload, layers_to_offload
 from llama.options import SamplingParams, check_max_seq_len
 from llama.output import Output, Prompt, Row, Stream, Timing
 from llama.sampling import BROKEN, INTERRUPTED, Sampler
@@ -67,13 +68,15 @@ class LLaMA:
         max_seq_len: int | None = 512,
         max_batch_size: int = 32,
         dtype: str | None = None,
+        offload: int = 0,
     ) -> "LLaMA":
         """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
         tokenizer_path: None takes the one that the checkpoint holds.
         max_seq_len: tokens of prompt and continuation; None takes what the model was made for, but
         at most LONGEST_CONTEXT.
-        dtype: float32, bfloat16 or float16; None takes what the checkpoint holds. Raises
+        dtype: float32, bfloat16 or float16; None takes what the checkpoint holds.
+        offload: layers whose weights stay in host memory until their turn. Raises
         FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
         """
         began = time.perf_counter()
@@ -88,7 +91,7 @@ class LLaMA:
             max_seq_len = min(made_for, LONGEST_CONTEXT)
         if ckpt.args.context_len and max_seq_len > made_for:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
-        model = load_model(ckpt, device, wanted)
+        model = load_model(ckpt, device, wanted, offload)
         timing = Timing(load_seconds=parallel.now() - began)
         return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing, ckpt=ckpt)
 
@@ -335,17 +338,25 @@ class LLaMA:
         return self.model.gather_logits(h[:, -1])
 
 
-def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    ckpt: Source, device: torch.device, dtype: torch.dtype | None = None, offload: int = 0
+) -> Transformer:
     """This rank's part of a checkpoint as a model.
 
     What the manifest says of the weights is checked. A checkpoint of another number of shards or
     another format is cut anew. In Meta's format, on a CPU and in the checkpoint's own dtype,
     weights stay mapped files and take no memory, but for those that are taken apart by columns or
-    put together from several shards.
+    put together from several shards. offload: layers whose weights stay in host memory until
+    their turn; ValueError for more than there are.
     """
+    away = layers_to_offload(ckpt.args.n_layers, offload, device)
+    names_away = tuple(f"layers.{i}." for i in away)
     parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
     bar = progress_bar("loading", len(ckpt.shapes), "weight", items=parts)
-    weights = {name: part.to(device) for name, part in bar}
+    weights = {name: x if name.startswith(names_away) else x.to(device) for name, x in bar}
     model = Transformer(ckpt.args)
     model.load_state_dict(weights, assign=True)
+    del weights  # or those that become pinned would be in host memory twice
+    if away:
+        Offload([model.layers[i] for i in away], device).say_cost()
     return model.to(device).eval()

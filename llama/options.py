@@ -102,6 +102,7 @@ class GenerationOptions(SamplingParams):
             by default 512, in a chat what the model was made for, up to 4096.
         max_batch_size: prompts to run at once; more than that run in several batches.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        offload: layers whose weights stay in host memory, and come to the card when needed.
     """
 
     ckpt_dir: str
@@ -118,10 +119,12 @@ class GenerationOptions(SamplingParams):
     max_seq_len: int | None = None
     max_batch_size: int = 32
     dtype: str | None = None
+    offload: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, max_batch_size=self.max_batch_size)
+        check_at_least(0, offload=self.offload)
         if self.max_seq_len is None and not self.chat:
             self.max_seq_len = 512
         check_max_seq_len(self.max_seq_len)

@@ -57,6 +57,8 @@ class TuningOptions:
         gradient_checkpointing: compute activations twice rather than hold them.
         seed: of the order of rows, the rows held out and a random start.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        offload: layers whose weights stay in host memory, and come to the card when needed; what
+            they compute is computed twice.
     """
 
     ckpt_dir: str
@@ -83,6 +85,7 @@ class TuningOptions:
     gradient_checkpointing: bool = False
     seed: int = option(0, at_least=0, must_stay=True)
     dtype: str | None = None
+    offload: int = option(0, at_least=0)
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the flag, for what a run cannot be trained with."""
