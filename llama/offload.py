@@ -79,8 +79,7 @@ class Offload:
         for place, matrix in zip(self.places[i], self.views[buffer][i]):
             setattr(*place, matrix)
         # In training a backward pass follows a forward one, else another forward one.
-        turns = i > 0 and (i == n - 1 or self.held[1 - buffer] == i + 1)
-        back = turns and torch.is_grad_enabled()
+        back = torch.is_grad_enabled() and i > 0 and (i == n - 1 or self.held[1 - buffer] == i + 1)
         ahead = (i - 1 if back else i + 1) % n
         if ahead not in self.held:
             self._fetch(ahead, 1 - buffer)
