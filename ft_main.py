@@ -53,7 +53,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     )
     train_rows, eval_rows = split_dataset(rows, flags.val_set_size, flags.seed)
 
-    transformer = load_model(ckpt, device, parse_dtype(flags.dtype))
+    transformer = load_model(ckpt, device, parse_dtype(flags.dtype), flags.offload)
     transformer.gradient_checkpointing = flags.gradient_checkpointing
     parallel.hide_ranks()
     transformers.logging.set_verbosity_error()  # it warns of hidden ranks

@@ -17,6 +17,7 @@ from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
 from llama.layers import quantise
 from llama.model import KVCache, Transformer
+from llama.offload import Offload, layers_to_offload
 from llama.options import SamplingParams, check_max_seq_len
 from llama.output import Output, Prompt, Row, Stream, Timing
 from llama.sampling import BROKEN, INTERRUPTED, Sampler
@@ -71,6 +72,7 @@ class LLaMA:
         max_batch_size: int = 32,
         dtype: str | None = None,
         quantize: str | None = None,
+        offload: int = 0,
     ) -> "LLaMA":
         """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
@@ -79,8 +81,8 @@ class LLaMA:
         at most LONGEST_CONTEXT.
         dtype: float32, bfloat16 or float16; None takes what the checkpoint holds.
         quantize: int8 or int4, of the matrices; None leaves them as the checkpoint has them.
-        Raises FileNotFoundError or ValueError for files that are absent, damaged or do not fit
-        together.
+        offload: layers whose weights stay in host memory until their turn. Raises
+        FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
         """
         began = time.perf_counter()
         wanted = parse_dtype(dtype)
@@ -94,7 +96,7 @@ class LLaMA:
             max_seq_len = min(made_for, LONGEST_CONTEXT)
         if ckpt.args.context_len and max_seq_len > made_for:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
-        model = load_model(ckpt, device, wanted)
+        model = load_model(ckpt, device, wanted, offload)
         timing = Timing(load_seconds=parallel.now() - began)
         return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing, ckpt=ckpt)
 
@@ -311,21 +313,30 @@ class LLaMA:
                 row.top_logprobs.append(dict(zip(ids[i], values[i])))
 
 
-def load_model(ckpt: Source, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    ckpt: Source, device: torch.device, dtype: torch.dtype | None = None, offload: int = 0
+) -> Transformer:
     """This rank's part of a checkpoint as a model.
 
     What the manifest says of the weights is checked. A checkpoint of another number of shards or
     another format is cut anew. In Meta's format, on a CPU and in the checkpoint's own dtype,
     weights stay mapped files and take no memory, but for those that are taken apart by columns or
-    put together from several shards.
+    put together from several shards. offload: layers whose weights stay in host memory until
+    their turn; ValueError for more than there are.
     """
+    away = layers_to_offload(ckpt.args.n_layers, offload, device)
+    names_away = tuple(f"layers.{i}." for i in away)
     parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
     bar = progress_bar("loading", len(ckpt.shapes), "weight", items=parts)
     model, weights = Transformer(ckpt.args), {}
     for name, part in bar:
+        part = part if name.startswith(names_away) else part.to(device)
         if bits := ckpt.bits_of(name):
-            quantise(model.get_submodule(name.removesuffix(".weight")), part.to(device), bits)
+            quantise(model.get_submodule(name.removesuffix(".weight")), part, bits)
         else:
-            weights[name] = part.to(device)
+            weights[name] = part
     model.load_state_dict(weights, assign=True)
+    del weights  # or those that become pinned would be in host memory twice
+    if away:
+        Offload([model.layers[i] for i in away], device).say_cost()
     return model.to(device).eval()

@@ -276,6 +276,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after a norm and around a residual."""
 
+    recompute = False  # in backward rather than hold its weights and activations: see Offload
+
     def __init__(self, layer: int, args: ModelArgs) -> None:
         super().__init__()
         self.attention = Attention(layer, args)
@@ -345,7 +347,7 @@ class Transformer(nn.Module):
         angles = positions[..., None, None].float() * self.rope_freqs
         freqs_cis = torch.polar(torch.ones_like(angles), angles)  # (…, seqlen, 1, head_dim / 2)
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if (self.gradient_checkpointing or layer.recompute) and torch.is_grad_enabled():
                 h = checkpoint(layer, h, freqs_cis, mask, cache, use_reentrant=False)
             else:
                 h = layer(h, freqs_cis, mask, cache)

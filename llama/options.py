@@ -105,6 +105,7 @@ class GenerationOptions(SamplingParams):
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
         quantize: int8 or int4: hold the matrices in 8 or 4 bits, rounded while they are loaded;
             by default as the checkpoint has them.
+        offload: layers whose weights stay in host memory, and come to the card when needed.
     """
 
     ckpt_dir: str
@@ -122,10 +123,12 @@ class GenerationOptions(SamplingParams):
     max_batch_size: int = 32
     dtype: str | None = None
     quantize: str | None = None
+    offload: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, max_batch_size=self.max_batch_size)
+        check_at_least(0, offload=self.offload)
         if self.max_seq_len is None and not self.chat:
             self.max_seq_len = 512
         check_max_seq_len(self.max_seq_len)

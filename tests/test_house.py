@@ -14,6 +14,7 @@ GROUND = [
     "options",
     "files",
     "model",
+    "offload",
     "tokenizer",
     "template",
     "text_stream",

@@ -58,6 +58,8 @@ class TuningOptions:
         seed: of the order of rows, the rows held out and a random start.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
         quantize: int8 or int4: hold the model's matrices in 8 or 4 bits; the prompt is not.
+        offload: layers whose weights stay in host memory, and come to the card when needed; what
+            they compute is computed twice.
     """
 
     ckpt_dir: str
@@ -85,6 +87,7 @@ class TuningOptions:
     seed: int = option(0, at_least=0, must_stay=True)
     dtype: str | None = None
     quantize: str | None = option(None, must_stay=True)
+    offload: int = option(0, at_least=0)
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the flag, for what a run cannot be trained with."""
