@@ -59,7 +59,9 @@ class Models:
                 flags = ["--from", shards, "--out_dir", target, "--to", to]
                 flags += ["--dtype", names.get(dtype, dtype)]
                 run = [sys.executable, REPO / "convert_model.py", *flags]
-                subprocess.run(list(map(str, run)), check=True, env=environment(1), stdout=2)
+                subprocess.run(
+                    list(map(str, run)), check=True, env=environment(1), stdout=subprocess.DEVNULL
+                )
         return next(target.glob("*.gguf")) if side == "llama.cpp" else target
 
     def _shards(self, model: str, ranks: int) -> Path:
