@@ -155,8 +155,9 @@ class Side:
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
+            code = self.process.wait()
             last = self.log.read_text().strip().splitlines()[-1:]
-            raise RuntimeError(f"{self.name}, {method}: {last}; see {self.log}") from None
+            raise RuntimeError(f"{self.name}, {method}: ended with {code}, {last}") from None
 
 
 @contextlib.contextmanager
