@@ -327,7 +327,8 @@ def main(side: str, path: str, dtype: str) -> None:
                     value = max(parallel.gather_objects(value))
             else:
                 value = getattr(worker, method)(**arguments)
-            print(json.dumps(value), file=answers, flush=True)
+            if parallel.rank() == 0:
+                print(json.dumps(value), file=answers, flush=True)
 
 
 if __name__ == "__main__":
