@@ -11,6 +11,9 @@ after round. Each figure is a median over the rounds; the first round only warms
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
+import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -164,20 +167,14 @@ class Side:
 def started(
     names: Sequence[str], models: Models, model: str, dtype: str, ranks: int = 1
 ) -> Iterator[dict[str, Side]]:
-    """Start these sides and load the model in each; those that cannot are left out and named."""
+    """Start these sides, and load the model in each."""
     sides: dict[str, Side] = {}
-    paths = {name: models.path(model, name, dtype, ranks) for name in names}
     try:
-        for name, path in paths.items():
+        for name, path in [(name, models.path(model, name, dtype, ranks)) for name in names]:
             sides[name] = Side(name, path, dtype, ranks, models.folder.parent / f"{name}.log")
-        reasons = {name: side.ask("skip") for name, side in sides.items()}  # all have started
-        for name, reason in reasons.items():
-            if reason:
-                cli.say(f"{dtype} without {name}: {reason}")
-        able = {name: side for name, side in sides.items() if not reasons[name]}
-        for side in able.values():
+        for side in sides.values():
             side.ask("load")
-        yield able
+        yield sides
     finally:
         for side in sides.values():
             side.process.stdin.close()  # then it ends
@@ -244,8 +241,6 @@ class Bench:
         """Measure one model in one dtype on all these sides."""
         began = time.perf_counter()
         with started(names, self.models, model, dtype, ranks) as sides:
-            if not any(name.startswith("llama") and name != "llama.cpp" for name in sides):
-                return
             works = works_of(measures, sides)
             for work in works:  # warms up
                 work.do()
@@ -275,28 +270,39 @@ class Bench:
     def run(self, model: str, dtypes: Sequence[str]) -> None:
         """Measure all parts that are wanted."""
         generating = [x for x in ("decode_b1", "decode_b8", "prefill", "load") if x in self.parts]
+        llama_cpp = ["llama.cpp"] if importlib.util.find_spec("xllamacpp") else []
+        if not llama_cpp:
+            cli.say("no llama.cpp: pip install xllamacpp -c constraints.txt")
         for dtype in dtypes:
-            names = ["llama", "llama.cpp"] + ["transformers"] * (dtype in FLOAT)
+            transformers = ["transformers"] if dtype in FLOAT else []
             if generating:
-                self.variant(names, generating, model, dtype)
+                self.variant(["llama", *llama_cpp, *transformers], generating, model, dtype)
             if "batch" in self.parts:
                 self.variant(["llama"], ["batch"], model, dtype)
             if "tune" in self.parts:
-                names = ["llama-tuning"] + ["peft-tuning"] * (dtype in FLOAT)
-                self.variant(names, ["tune"], model, dtype)
+                peft = ["peft-tuning"] if dtype in FLOAT else []
+                self.variant(["llama-tuning", *peft], ["tune"], model, dtype)
             if "context" in self.parts:
                 self.variant(["llama"], ["context"], "shallow", dtype)
             if "ranks" in self.parts:
-                names = ["llama"] + ["transformers"] * (dtype in FLOAT)
                 measures = ["decode_b1", "prefill", "load"]
-                self.variant(names, measures, "random-134M", dtype)
+                self.variant(["llama", *transformers], measures, "random-134M", dtype)
                 self.variant(["llama"], measures, "random-134M", dtype, ranks=2)
+
+
+def able(dtypes: Sequence[str]) -> list[str]:
+    """Those of the variants that LLaMA.build has; the others are named."""
+    from llama import LLaMA
+
+    if "quantize" in inspect.signature(LLaMA.build).parameters:
+        return list(dtypes)
+    for dtype in sorted(set(dtypes) - set(FLOAT)):
+        cli.say(f"{dtype} is left out: LLaMA.build has no quantize")
+    return [dtype for dtype in dtypes if dtype in FLOAT]
 
 
 def machine() -> dict:
     """What the figures were measured on, and with what."""
-    import importlib.metadata
-
     text = Path("/proc/cpuinfo").read_text()
     cpu = re.search(r"(?m)^model name\s*: (.*)$", text)
     flags = set(re.findall(r"avx2|avx512_?\w*|avx_vnni\w*|amx_\w+|f16c", text))
@@ -338,7 +344,7 @@ def main(
         raise ValueError(f"--only takes {', '.join(PARTS)}, --dtypes takes {', '.join(ALL)}")
     out, model = Path(out_dir).resolve(), Path(ckpt_dir).resolve()
     bench = Bench(Models(out / "models", model), parts, 2 if quick else rounds)
-    bench.run(model.name, chosen)
+    bench.run(model.name, able(chosen))
     results, here = Results(bench.records), machine()
     heading = f"{here['cpu']}, {here['cores']} cores ({', '.join(here['flags'])}), {here['date']}"
     text = f"{heading}\n\n{results.text()}"

@@ -5,7 +5,6 @@ arguments), and reads an answer a line from its stdout. Speeds are tokens or ste
 """
 
 import gc
-import inspect
 import json
 import os
 import sys
@@ -42,13 +41,8 @@ class Llama:
         parallel.setup()
         self.build, self.path = LLaMA.build, path
         self.variant = {"quantize" if dtype.startswith("int") else "dtype": dtype}
-        self.missing = sorted(self.variant.keys() - inspect.signature(self.build).parameters.keys())
         self.generator: Any = None
         self.caches: dict = {}
-
-    def skip(self) -> str:
-        """Why there is nothing to measure, if there is not."""
-        return f"LLaMA.build has no {self.missing[0]} yet" if self.missing else ""
 
     def load(self) -> float:
         self.generator = None
@@ -180,9 +174,6 @@ class Transformers:
         self.torch, self.made_by = torch, transformers.LlamaForCausalLM.from_pretrained
         self.path, self.dtype, self.model = path, dtype, None
 
-    def skip(self) -> str:
-        return "no such variant" if self.dtype.startswith("int") else ""
-
     def load(self) -> float:
         self.model = None
         gc.collect()
@@ -240,13 +231,6 @@ class LlamaCpp:
 
     def __init__(self, path: str, dtype: str) -> None:
         self.path, self.servers = path, {}
-
-    def skip(self) -> str:
-        try:
-            import xllamacpp  # noqa: F401
-        except ImportError:
-            return "not there: pip install xllamacpp -c constraints.txt"
-        return ""
 
     def load(self) -> float:
         self.servers.clear()
