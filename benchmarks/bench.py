@@ -31,12 +31,18 @@ from llama import cli
 REPO = Path(__file__).parent.parent
 SIDES_PY = Path(__file__).parent / "sides.py"
 GGUF = {"float32": "f32", "bfloat16": "f16", "float16": "f16", "int8": "q8_0", "int4": "q4_0"}
-PARTS = ("decode_b1", "decode_b8", "prefill", "load", "tune", "ranks", "context", "batch")
+GENERATING = ("decode_b1", "decode_b8", "prefill", "load")
+PARTS = (*GENERATING, "tune", "ranks", "context", "batch")
 RANDOM = {"dim": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 32000, "norm_eps": 1e-5}
 # Layers like SmolLM2's, and few ids: what grows with the context is most of a step.
 SHALLOW = {"dim": 576, "n_layers": 4, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 576}
-PROMPT_LEN, STEPS, PREFILL = 16, 32, 512
-CONTEXTS, BATCHES, CURVE_STEPS = (128, 256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16, 32), 8
+PROMPT_LEN, PREFILL = 16, 512
+STEPS = {1: 16, 8: 8}  # of a figure, by the number of texts
+CONTEXTS, BATCHES, CURVE_STEPS = (128, 256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16, 32), 4
+# Where all parts are measured these are in some variants alone, so that it takes ten minutes.
+IN_ALL = {"tune": ("float32", "int8", "int4")} | dict.fromkeys(
+    ("ranks", "context", "batch"), ("float32",)
+)
 
 
 class Models:
@@ -194,6 +200,10 @@ class Work:
     size: int = 0  # on a curve
     samples: list[float] = dataclasses.field(default_factory=list)
 
+    def warm_up(self) -> None:
+        few = {"steps": 2} if "steps" in self.arguments else {}
+        self.side.ask(self.method, **self.arguments | few)
+
     def do(self) -> None:
         speed = self.side.ask(self.method, **self.arguments)
         in_seconds = (self.size if self.measure == "batch" else 1) / speed
@@ -207,10 +217,10 @@ def works_of(measures: Sequence[str], sides: dict[str, Side]) -> list[Work]:
         for name, side in sides.items():
             if measure in ("decode_b1", "decode_b8"):
                 bsz = int(measure[-1])
-                arguments = {"bsz": bsz, "prompt_len": PROMPT_LEN, "steps": STEPS}
+                arguments = {"bsz": bsz, "prompt_len": PROMPT_LEN, "steps": STEPS[bsz]}
                 works.append(Work(measure, side, "decode", arguments))
                 if name == "llama":
-                    bare = {"bsz": bsz, "steps": STEPS}
+                    bare = {"bsz": bsz, "steps": STEPS[bsz]}
                     works.append(Work(measure, side, "bare", bare, "bare"))
             elif measure == "prefill":
                 works.append(Work(measure, side, "prefill", {"length": PREFILL}))
@@ -231,7 +241,7 @@ def works_of(measures: Sequence[str], sides: dict[str, Side]) -> list[Work]:
 class Bench:
     """A run: what is asked for, and the records so far."""
 
-    def __init__(self, models: Models, parts: set[str], rounds: int) -> None:
+    def __init__(self, models: Models, parts: Sequence[str], rounds: int) -> None:
         self.models, self.parts, self.rounds = models, parts, rounds
         self.records: list[Record] = []
 
@@ -242,9 +252,8 @@ class Bench:
         began = time.perf_counter()
         with started(names, self.models, model, dtype, ranks) as sides:
             works = works_of(measures, sides)
-            for work in works:  # warms up
-                work.do()
-                work.samples.clear()
+            for work in works:
+                work.warm_up()
             peaks = {name: side.ask("peak") for name, side in sides.items()}
             for turn in range(self.rounds):
                 for work in works if turn % 2 else reversed(works):
@@ -269,36 +278,41 @@ class Bench:
 
     def run(self, model: str, dtypes: Sequence[str]) -> None:
         """Measure all parts that are wanted."""
-        generating = [x for x in ("decode_b1", "decode_b8", "prefill", "load") if x in self.parts]
         llama_cpp = ["llama.cpp"] if importlib.util.find_spec("xllamacpp") else []
         if not llama_cpp:
             cli.say("no llama.cpp: pip install xllamacpp -c constraints.txt")
         for dtype in dtypes:
+            parts = [part for part in self.parts if self._wanted(part, dtype)]
             transformers = ["transformers"] if dtype in FLOAT else []
+            generating = [part for part in parts if part in GENERATING]
             if generating:
                 self.variant(["llama", *llama_cpp, *transformers], generating, model, dtype)
-            if "batch" in self.parts:
+            if "batch" in parts:
                 self.variant(["llama"], ["batch"], model, dtype)
-            if "tune" in self.parts:
+            if "tune" in parts:
                 peft = ["peft-tuning"] if dtype in FLOAT else []
                 self.variant(["llama-tuning", *peft], ["tune"], model, dtype)
-            if "context" in self.parts:
+            if "context" in parts:
                 self.variant(["llama"], ["context"], "shallow", dtype)
-            if "ranks" in self.parts:
+            if "ranks" in parts:
                 measures = ["decode_b1", "prefill", "load"]
                 self.variant(["llama", *transformers], measures, "random-134M", dtype)
                 self.variant(["llama"], measures, "random-134M", dtype, ranks=2)
 
+    def _wanted(self, part: str, dtype: str) -> bool:
+        return len(self.parts) < len(PARTS) or dtype in IN_ALL.get(part, ALL)
+
 
 def able(dtypes: Sequence[str]) -> list[str]:
     """Those of the variants that LLaMA.build has; the others are named."""
-    from llama import LLaMA
+    quantised = sorted(set(dtypes) - set(FLOAT))
+    if quantised:
+        from llama import LLaMA  # here, as torch is read with it
 
-    if "quantize" in inspect.signature(LLaMA.build).parameters:
-        return list(dtypes)
-    for dtype in sorted(set(dtypes) - set(FLOAT)):
-        cli.say(f"{dtype} is left out: LLaMA.build has no quantize")
-    return [dtype for dtype in dtypes if dtype in FLOAT]
+        if "quantize" not in inspect.signature(LLaMA.build).parameters:
+            cli.say(f"{', '.join(quantised)}: left out, as LLaMA.build has no quantize")
+            return [dtype for dtype in dtypes if dtype in FLOAT]
+    return list(dtypes)
 
 
 def machine() -> dict:
@@ -338,7 +352,8 @@ def main(
         ckpt_dir: the model, in Meta's format.
         out_dir: folder for bench.md, bench.json, bench.png, and for the models in other formats.
     """
-    parts = {part for part in PARTS for name in only.split(",") if part.startswith(name.strip())}
+    names = tuple(name.strip() for name in only.split(","))
+    parts = [part for part in PARTS if part.startswith(names)]
     chosen = [name.strip() for name in dtypes.split(",")]
     if not parts or set(chosen) - set(ALL):
         raise ValueError(f"--only takes {', '.join(PARTS)}, --dtypes takes {', '.join(ALL)}")
