@@ -9,7 +9,7 @@ MINUTES ?= 20
 QUESTIONS := --prompts_file llama/example_questions.jsonl --max_gen_len 80
 BAKED := saved/short_answers_gguf
 
-.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest lint clean
+.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest bench lint clean
 
 # show these lines
 help:
@@ -77,6 +77,10 @@ test-oldest: $(VENV)/installed
 	.venv-oldest/bin/pip install --quiet torch==2.10.0 numpy
 	OLDEST_TORCH_PYTHON=.venv-oldest/bin/python $(VENV)/bin/python -m pytest -s \
 		tests/test_write.py -k plain_torch
+
+# speed and memory beside llama.cpp, transformers and PEFT; a table, JSON and a plot in bench/
+bench: $(DEMO)/params.json
+	$(VENV)/bin/python benchmarks/bench.py --ckpt_dir $(DEMO)
 
 # style and types
 lint: $(VENV)/installed
