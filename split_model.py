@@ -30,16 +30,17 @@ def main(
             float32).
         verify: read everything again and check it: what was cut against ckpt_dir, or without n
             ckpt_dir alone, or ckpt_dir against out_dir.
-        dry_run: write nothing, but show what would be written and what each rank needs to run.
-        max_seq_len: of the cache that dry_run counts.
-        max_batch_size: of the cache that dry_run counts.
+        dry_run: write nothing, but show what would be written and what memory each rank needs.
+        max_seq_len: tokens of a row, in what dry_run says that generation and tuning need.
+        max_batch_size: rows at once, in the same.
     """
     # here and not above, so that --help need not wait for torch
     from llama import parallel
     from llama.checkpoint.folder import Checkpoint, compare
     from llama.checkpoint.formats import open_any
     from llama.checkpoint.weights import check_shard_count, default_out_dir, parse_dtype
-    from llama.checkpoint.write import plan, write_checkpoint
+    from llama.checkpoint.write import write_checkpoint
+    from llama.memory import table
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
@@ -53,7 +54,7 @@ def main(
     if n is not None and wanted is None and (growth := ckpt.growth(ckpt.shapes)):
         cli.say(f"{ckpt_dir}: {growth}")
     if dry_run and n is not None:
-        print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
+        print(table(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
     if n is not None:
         out_dir = out_dir or str(default_out_dir(ckpt_dir, n))

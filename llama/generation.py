@@ -13,6 +13,7 @@ from llama import parallel
 from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
+from llama.memory import DEFAULTS, Plan, check_generation
 from llama.model import KVCache, Transformer
 from llama.options import SamplingParams, check_max_seq_len
 from llama.output import Output, Prompt, Row, Stream, Timing
@@ -83,11 +84,15 @@ class LLaMA:
         end_with_torchrun()
         device = parallel.setup()
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path)
+        chosen = (max_seq_len or 512, max_batch_size) != DEFAULTS
         made_for = ckpt.args.context_len or LONGEST_CONTEXT
         if max_seq_len is None:
             max_seq_len = min(made_for, LONGEST_CONTEXT)
         if ckpt.args.context_len and max_seq_len > made_for:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
+        rows = (max_batch_size, max_seq_len)
+        plan = Plan(ckpt, parallel.world_size(), wanted or ckpt.dtype, *rows, device)
+        check_generation(plan, chosen)
         model = load_model(ckpt, device, wanted)
         timing = Timing(load_seconds=parallel.now() - began)
         return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing, ckpt=ckpt)
