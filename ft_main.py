@@ -33,6 +33,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     from llama.checkpoint.formats import open_pair
     from llama.checkpoint.weights import parse_dtype
     from llama.generation import load_model
+    from llama.memory import Plan, check_tuning
     from llama.tuning.data import split_dataset, tokenize_dataset
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
@@ -43,6 +44,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     else:
         check_unused(out)
     device = parallel.setup()
+    parallel.return_freed_memory()
     ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
     rows = tokenize_dataset(
         flags.dataset_path,
@@ -53,7 +55,22 @@ def tune(flags: TuningOptions, out: Path) -> None:
     )
     train_rows, eval_rows = split_dataset(rows, flags.val_set_size, flags.seed)
 
-    transformer = load_model(ckpt, device, parse_dtype(flags.dtype), flags.offload)
+    dtype = parse_dtype(flags.dtype)
+    plan = Plan(
+        ckpt,
+        parallel.world_size(),
+        dtype or ckpt.dtype,
+        flags.batch_size,
+        flags.max_seq_len,
+        device,
+        ckpt.quantize,
+        flags.offload,
+        tuning=True,
+        gradient_checkpointing=flags.gradient_checkpointing,
+        num_virtual_tokens=flags.num_virtual_tokens,
+    )
+    check_tuning(plan, train_rows)
+    transformer = load_model(ckpt, device, dtype, flags.offload)
     transformer.gradient_checkpointing = flags.gradient_checkpointing
     parallel.hide_ranks()
     transformers.logging.set_verbosity_error()  # it warns of hidden ranks

@@ -32,9 +32,9 @@ def main(
         quantize: int8 or int4: write the matrices in 8 or 4 bits; the scripts read such a folder.
         verify: read everything again and check it: what was cut against ckpt_dir, or without n
             ckpt_dir alone, or ckpt_dir against out_dir.
-        dry_run: write nothing, but show what would be written and what each rank needs to run.
-        max_seq_len: of the cache that dry_run counts.
-        max_batch_size: of the cache that dry_run counts.
+        dry_run: write nothing, but show what would be written and what memory each rank needs.
+        max_seq_len: tokens of a row, in what dry_run says that generation and tuning need.
+        max_batch_size: rows at once, in the same.
     """
     # here and not above, so that --help need not wait for torch
     from llama import parallel
@@ -42,7 +42,8 @@ def main(
     from llama.checkpoint.formats import open_any
     from llama.checkpoint.quantized import quantized
     from llama.checkpoint.weights import default_out_dir, parse_dtype
-    from llama.checkpoint.write import plan, write_checkpoint
+    from llama.checkpoint.write import write_checkpoint
+    from llama.memory import table
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
@@ -61,7 +62,7 @@ def main(
     ):
         cli.say(f"{ckpt_dir}: {growth}")
     if dry_run and n is not None:
-        print(plan(ckpt, n, wanted, max_seq_len, max_batch_size))
+        print(table(ckpt, n, wanted, max_seq_len, max_batch_size, ckpt.quantize))
         return
     if n is not None:
         out_dir = out_dir or str(default_out_dir(ckpt_dir, n, quantize))

@@ -16,6 +16,7 @@ from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
 from llama.layers import quantise
+from llama.memory import DEFAULTS, Plan, check_generation
 from llama.model import KVCache, Transformer
 from llama.offload import Offload, layers_to_offload
 from llama.options import SamplingParams, check_max_seq_len
@@ -91,11 +92,17 @@ class LLaMA:
         end_with_torchrun()
         device = parallel.setup()
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path, quantize)
+        chosen = (max_seq_len or 512, max_batch_size) != DEFAULTS
         made_for = ckpt.args.context_len or LONGEST_CONTEXT
         if max_seq_len is None:
             max_seq_len = min(made_for, LONGEST_CONTEXT)
         if ckpt.args.context_len and max_seq_len > made_for:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
+        rows = (max_batch_size, max_seq_len)
+        plan = Plan(
+            ckpt, parallel.world_size(), wanted or ckpt.dtype, *rows, device, ckpt.quantize, offload
+        )
+        check_generation(plan, chosen)
         model = load_model(ckpt, device, wanted, offload)
         timing = Timing(load_seconds=parallel.now() - began)
         return cls(model, tokenizer, max_seq_len, max_batch_size, timing=timing, ckpt=ckpt)

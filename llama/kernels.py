@@ -12,7 +12,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit, prange, types
+from numba.extending import overload
 
 from llama.quantize import QuantizedWeight
 
@@ -23,16 +24,16 @@ OPTIONS: Any = {"parallel": True, "cache": True, "fastmath": {"reassoc", "contra
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # the threads of torch: others would wait for these
 
 
-@njit(inline="always")
-def as_is(number: Any) -> Any:
-    """A float32."""
-    return number
+def widen(number: Any) -> Any:
+    """The float32 of a float32, or of a bfloat16's bits."""
+    raise NotImplementedError("compiled by the function below")
 
 
-@njit(inline="always")
-def from_bfloat16(bits: Any) -> Any:
-    """The float32 of a bfloat16's bits."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(f32)
+@overload(widen, inline="always")
+def _(number):  # type: ignore[no-untyped-def]
+    if isinstance(number, types.Float):
+        return lambda number: number
+    return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(f32)
 
 
 @njit(inline="always")
@@ -70,51 +71,43 @@ def rotate(x, freqs, y):  # type: ignore[no-untyped-def]
         y[2 * i], y[2 * i + 1] = a * cos - b * sin, a * sin + b * cos
 
 
-def _of_floats(widen: Any) -> Any:
-    """The product with weights of rows that lie one behind the other.
-
-    One row of x goes through each row of a weight; several go two at a time through four, so that
-    neither is read as often as there are rows of the other.
-    """
-
-    @njit(**OPTIONS)
-    def product(weights, x, products, threads):  # type: ignore[no-untyped-def]
-        # weights (out, in) each, x (bsz, in), products (bsz, out)
-        bsz, n_in = x.shape
-        pairs = bsz - bsz % 2
-        for thread in prange(threads):
-            for which in range(len(weights)):
-                weight, y = weights[which], products[which]
-                start = thread * len(weight) // threads
-                stop = (thread + 1) * len(weight) // threads
-                fours = stop - (stop - start) % 4 if pairs else start
-                for i in range(start, fours, 4):
-                    w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-                    for m in range(0, pairs, 2):
-                        x0, x1 = x[m], x[m + 1]
-                        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0)
-                        for j in range(n_in):
-                            v0, v1, v2, v3 = widen(w0[j]), widen(w1[j]), widen(w2[j]), widen(w3[j])
-                            a0 += v0 * x0[j]
-                            a1 += v1 * x0[j]
-                            a2 += v2 * x0[j]
-                            a3 += v3 * x0[j]
-                            b0 += v0 * x1[j]
-                            b1 += v1 * x1[j]
-                            b2 += v2 * x1[j]
-                            b3 += v3 * x1[j]
-                        y[m, i], y[m, i + 1], y[m, i + 2], y[m, i + 3] = a0, a1, a2, a3
-                        y[m + 1, i], y[m + 1, i + 1] = b0, b1
-                        y[m + 1, i + 2], y[m + 1, i + 3] = b2, b3
-                for i in range(start, stop):
-                    row = weight[i]
-                    for m in range(pairs if i < fours else 0, bsz):
-                        xm, total = x[m], f32(0)
-                        for j in range(n_in):
-                            total += widen(row[j]) * xm[j]
-                        y[m, i] = total
-
-    return product
+@njit(**OPTIONS)
+def _of_floats(weights, x, products, threads):  # type: ignore[no-untyped-def]
+    # weights (out, in) each, x (bsz, in), products (bsz, out). One row of x goes through each row
+    # of a weight; several go two at a time through four, so that neither is read too often.
+    bsz, n_in = x.shape
+    pairs = bsz - bsz % 2
+    for thread in prange(threads):
+        for which in range(len(weights)):
+            weight, y = weights[which], products[which]
+            start = thread * len(weight) // threads
+            stop = (thread + 1) * len(weight) // threads
+            fours = stop - (stop - start) % 4 if pairs else start
+            for i in range(start, fours, 4):
+                w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+                for m in range(0, pairs, 2):
+                    x0, x1 = x[m], x[m + 1]
+                    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0)
+                    for j in range(n_in):
+                        v0, v1, v2, v3 = widen(w0[j]), widen(w1[j]), widen(w2[j]), widen(w3[j])
+                        a0 += v0 * x0[j]
+                        a1 += v1 * x0[j]
+                        a2 += v2 * x0[j]
+                        a3 += v3 * x0[j]
+                        b0 += v0 * x1[j]
+                        b1 += v1 * x1[j]
+                        b2 += v2 * x1[j]
+                        b3 += v3 * x1[j]
+                    y[m, i], y[m, i + 1], y[m, i + 2], y[m, i + 3] = a0, a1, a2, a3
+                    y[m + 1, i], y[m + 1, i + 1] = b0, b1
+                    y[m + 1, i + 2], y[m + 1, i + 3] = b2, b3
+            for i in range(start, stop):
+                row = weight[i]
+                for m in range(pairs if i < fours else 0, bsz):
+                    xm, total = x[m], f32(0)
+                    for j in range(n_in):
+                        total += widen(row[j]) * xm[j]
+                    y[m, i] = total
 
 
 @njit(**OPTIONS)
@@ -182,7 +175,7 @@ def _of_nibbles(numbers_of, scales_of, zeros_of, x, products, threads):  # type:
                         add_scaled(total, part, scales[tile, group])
 
 
-FLOATS = {torch.float32: _of_floats(as_is), torch.bfloat16: _of_floats(from_bfloat16)}
+FLOATS = (torch.float32, torch.bfloat16)
 
 
 def knows(weight: torch.Tensor | QuantizedWeight) -> bool:
@@ -208,7 +201,7 @@ def of_rows(
         multiply = _of_bytes if first.bits == 8 else _of_nibbles
         multiply(*zip(*arrays), inputs, tuple(tiled), threads)
     else:
-        FLOATS[first.dtype](tuple(map(_array, weights)), inputs, tuple(products), threads)  # type: ignore[arg-type]
+        _of_floats(tuple(map(_array, weights)), inputs, tuple(products), threads)  # type: ignore[arg-type]
     return [_tensor(y, x) for y in products]
 
 
@@ -237,52 +230,44 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _attention_of(widen: Any, narrow: Any) -> Any:
-    """Attention of one new token a row to all before it, over a cache of some dtype."""
-
-    @njit(**OPTIONS)
-    def attend(xq, xk, xv, freqs, starts, keys, values, output, threads):  # type: ignore[no-untyped-def]
-        # xq (bsz, n_heads, head_dim), xk and xv (bsz, n_kv_heads, head_dim), freqs (bsz,
-        # head_dim / 2, 2), starts (bsz,), keys and values (bsz, max_len, n_kv_heads, head_dim),
-        # output as xq
-        bsz, n_heads, head_dim = xq.shape
-        n_kv_heads = xk.shape[1]
-        group, total = n_heads // n_kv_heads, bsz * n_kv_heads
-        for thread in prange(threads):
-            query = np.empty(head_dim, f32)
-            scores = np.empty(keys.shape[1], f32)
-            for part in range(thread * total // threads, (thread + 1) * total // threads):
-                row, kv_head = part // n_kv_heads, part % n_kv_heads
-                end = starts[row]
-                rotate(xk[row, kv_head], freqs[row], query)
-                for i in range(head_dim):
-                    keys[row, end, kv_head, i] = narrow(query[i])
-                    values[row, end, kv_head, i] = narrow(xv[row, kv_head, i])
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    rotate(xq[row, head], freqs[row], query)
-                    highest = f32(-np.inf)
-                    for t in range(end + 1):
-                        key, score = keys[row, t, kv_head], f32(0)
-                        for i in range(head_dim):
-                            score += query[i] * widen(key[i])
-                        scores[t] = score * f32(head_dim**-0.5)
-                        # NaN stays the highest, and makes all of the output NaN
-                        if not scores[t] <= highest:
-                            highest = scores[t]
-                    weights, out = f32(0), output[row, head]
-                    out[:] = f32(0)
-                    for t in range(end + 1):
-                        weight, value = np.exp(scores[t] - highest), values[row, t, kv_head]
-                        weights += weight
-                        for i in range(head_dim):
-                            out[i] += weight * widen(value[i])
+@njit(**OPTIONS)
+def _attend(xq, xk, xv, freqs, starts, keys, values, output, threads):  # type: ignore[no-untyped-def]
+    # xq (bsz, n_heads, head_dim), xk and xv (bsz, n_kv_heads, head_dim), freqs (bsz,
+    # head_dim / 2, 2), starts (bsz,), keys and values (bsz, max_len, n_kv_heads, head_dim),
+    # output as xq
+    bsz, n_heads, head_dim = xq.shape
+    n_kv_heads = xk.shape[1]
+    group, total = n_heads // n_kv_heads, bsz * n_kv_heads
+    for thread in prange(threads):
+        query = np.empty(head_dim, f32)
+        scores = np.empty(keys.shape[1], f32)
+        for part in range(thread * total // threads, (thread + 1) * total // threads):
+            row, kv_head = part // n_kv_heads, part % n_kv_heads
+            end = starts[row]
+            rotate(xk[row, kv_head], freqs[row], query)
+            for i in range(head_dim):
+                keys[row, end, kv_head, i] = query[i]
+                values[row, end, kv_head, i] = xv[row, kv_head, i]
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                rotate(xq[row, head], freqs[row], query)
+                highest = f32(-np.inf)
+                for t in range(end + 1):
+                    key, score = keys[row, t, kv_head], f32(0)
                     for i in range(head_dim):
-                        out[i] /= weights
-
-    return attend
-
-
-ATTENTION = {torch.float32: _attention_of(as_is, as_is)}
+                        score += query[i] * key[i]
+                    scores[t] = score * f32(head_dim**-0.5)
+                    # NaN stays the highest, and makes all of the output NaN
+                    if not scores[t] <= highest:
+                        highest = scores[t]
+                weights, out = f32(0), output[row, head]
+                out[:] = f32(0)
+                for t in range(end + 1):
+                    weight, value = np.exp(scores[t] - highest), values[row, t, kv_head]
+                    weights += weight
+                    for i in range(head_dim):
+                        out[i] += weight * value[i]
+                for i in range(head_dim):
+                    out[i] /= weights
 
 
 def attend(
@@ -293,7 +278,7 @@ def attend(
     cache: tuple[torch.Tensor, torch.Tensor],
     starts: np.ndarray,
 ) -> torch.Tensor:
-    """Write one token's key and value a row into a cache, and attend to all that is in it so far.
+    """Write one token's key and value a row into a float32 cache, and attend to all in it so far.
 
     xq (bsz, 1, n_heads, head_dim), xk and xv (bsz, 1, n_kv_heads, head_dim), not yet rotated;
     freqs_cis (bsz, 1, 1, head_dim / 2); cache: keys and values (bsz, max_len, n_kv_heads,
@@ -304,8 +289,7 @@ def attend(
     output = np.empty((bsz, n_heads, head_dim), f32)
     freqs = torch.view_as_real(freqs_cis).numpy().reshape(bsz, -1, 2)
     keys, values = (x.numpy() for x in cache)
-    attention = ATTENTION[xq.dtype]
-    attention(query, key, value, freqs, starts, keys, values, output, _threads())
+    _attend(query, key, value, freqs, starts, keys, values, output, _threads())
     return torch.from_numpy(output.reshape(bsz, 1, -1))
 
 

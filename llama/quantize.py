@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-INT8_GROUPS, INT4_GROUP = (64, 32), 32  # inputs
+GROUPS = {8: (64, 32), 4: (32,)}  # inputs of a group, by bits: the most first
 ZERO_STEPS = 8  # a step of four bits is so many of the zero's
 TILES = (64, 32, 16, 8, 4, 2, 1)  # rows that lie together: the most that divide them
 
@@ -23,7 +23,7 @@ def group_bytes(bits: int, group: int) -> int:
 
 def group_of(bits: int, in_features: int, packed_bytes: int) -> int:
     """The inputs of a group, of what a packed row takes; ValueError if it cannot be one."""
-    for group in INT8_GROUPS if bits == 8 else (INT4_GROUP,):
+    for group in GROUPS[bits]:
         if in_features % group == 0 and in_features // group * group_bytes(bits, group) == (
             packed_bytes
         ):

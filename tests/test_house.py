@@ -8,6 +8,8 @@ from conftest import REPO, run_script
 
 # From the ground up: a file imports only files that stand before it, so no way leads back.
 GROUND = [
+    "quantize",
+    "kernels",
     "layers",
     "parallel",
     "cli",
@@ -19,10 +21,11 @@ GROUND = [
     "template",
     "text_stream",
 ]
-CHECKPOINT = ["params", "weights", "manifest", "folder", "laid_out", "write", "hf"]
+CHECKPOINT = ["params", "weights", "manifest", "folder", "laid_out", "quantized"]
+CHECKPOINT += ["write", "hf"]
 CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "formats", "modelfile"]
 CHECKPOINT += ["baked", "convert", "embeds"]
-GENERATION = ["sampling", "output", "batch", "generation", "prompts", "chat", "terminal"]
+GENERATION = ["memory", "sampling", "output", "batch", "generation", "prompts", "chat", "terminal"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
 ORDER += [f"tuning.{name}" for name in TUNING]

@@ -20,6 +20,7 @@ from llama.checkpoint.weights import (
     Source,
     check_layers,
     check_shapes,
+    cut_of,
     hash_threads,
     tokenizer_in,
     valid_shard_counts,
@@ -160,6 +161,13 @@ class Checkpoint(Source):
         """
         found = self.read(name, *self.range_of(name, rank, n))
         return found.contiguous().to(self.dtype_of(name, dtype))
+
+    def stays_mapped(self, name: str, n: int, dtype: torch.dtype) -> bool:
+        """Whether one shard holds each rank's part so: in this dtype, and in whole rows."""
+        here, there = self.cut_here(name), cut_of(name, self.args, n)
+        one_shard = there.parts % here.parts == 0 and (here.dim == there.dim or here.parts == 1)
+        as_it_lies = there.dim == 0 or there.parts == here.parts
+        return dtype == self.dtypes[name] and one_shard and as_it_lies
 
     def check_share(self, rank: int, n: int) -> None:
         """Raise ValueError where the parts that rank of n ranks reads are damaged by the manifest.

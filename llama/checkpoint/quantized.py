@@ -16,7 +16,7 @@ from llama.checkpoint.weights import (
 from llama.files import naming
 from llama.model import ModelArgs
 from llama.options import check_quantize
-from llama.quantize import INT4_GROUP, INT8_GROUPS, group_bytes
+from llama.quantize import GROUPS, group_bytes
 
 MOST_CARDS = 8  # of a machine: groups are as long as cuts for so many leave them
 
@@ -107,7 +107,7 @@ class QuantizedSource(Source):
 
 def group_for(name: str, args: ModelArgs, bits: int) -> int:
     """The inputs of a matrix's groups: the most that every cut for MOST_CARDS leaves whole."""
-    n_in, groups = weight_shapes(args)[name][1], INT8_GROUPS if bits == 8 else (INT4_GROUP,)
+    n_in, groups = weight_shapes(args)[name][1], GROUPS[bits]
     counts = valid_shard_counts(args) if kind_of(name).cut == 1 else [1]
     parts = [n_in // n for n in counts if n <= MOST_CARDS]
     for fitting in (parts, [n_in]):  # or at least the uncut

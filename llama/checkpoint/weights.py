@@ -344,6 +344,10 @@ class Source:
         """Some columns of rows start to stop of a matrix."""
         return self.read(name, 0, start, stop)[:, columns]
 
+    def stays_mapped(self, name: str, n: int, dtype: torch.dtype) -> bool:
+        """Whether part() gives each of n ranks a view of a mapped file. By default a copy."""
+        return False
+
     def check_share(self, rank: int, n: int) -> None:
         """Raise ValueError where what rank of n ranks reads is damaged. By default nobody knows."""
 

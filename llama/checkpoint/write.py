@@ -1,4 +1,4 @@
-"""Write a checkpoint as any number of shards, whole or not at all; say beforehand what it takes."""
+"""Write a checkpoint as any number of shards, whole or not at all."""
 
 import functools
 import hashlib
@@ -14,8 +14,7 @@ import torch
 from llama.checkpoint.folder import shard_name
 from llama.checkpoint.laid_out import LaidOutFile, check_space, in_dtype, write_weights
 from llama.checkpoint.manifest import Manifest, describe_file, describe_weights
-from llama.checkpoint.weights import Cut, Source, check_shard_count, cut_of, kind_of
-from llama.cli import counted
+from llama.checkpoint.weights import Cut, Source, cut_of
 from llama.files import bytes_of, content_of, naming_refusals, new_folder, write_json
 
 
@@ -146,35 +145,3 @@ def _lay_out(source: Source, paths: list[Path], dtype: torch.dtype) -> list[Laid
         offsets = {name: start for name, (start, _) in zip(shapes, tensor_ranges(path))}
         shards.append(LaidOutFile(path, offsets, path.stat().st_size))
     return shards
-
-
-def plan(
-    ckpt: Source, n: int, dtype: torch.dtype | None, max_seq_len: int, max_batch_size: int
-) -> str:
-    """A table of what cutting into n would write, and of what each rank then needs to run."""
-    args, dtype = ckpt.args, dtype or ckpt.dtype
-    check_shard_count(args, n, str(ckpt.path))
-    kinds: dict[str, list[str]] = {}
-    for name in ckpt.shapes:
-        kinds.setdefault(kind_of(name).meta, []).append(name)
-    row = "{:15}  {:>6}  {:>16}  {:>16}  {:>16}  {:>18}".format
-    lines = [row("weight", "count", "whole", f"in each of {ckpt.n}", f"of {n}", "bytes in a shard")]
-    weights = 0
-    for kind, names in kinds.items():
-        whole = ckpt.shapes[names[0]]
-        before, after = ckpt.cut_here(names[0]).shape(whole), cut_of(names[0], args, n).shape(whole)
-        size = len(names) * math.prod(after) * dtype.itemsize
-        weights += size
-        shapes = (" x ".join(map(str, shape)) for shape in (whole, before, after))
-        lines.append(row(kind, len(names), *shapes, f"{size:,}"))
-    local_kv_dim = args.n_local_kv_heads(n) * args.head_dim
-    cache = 2 * args.n_layers * max_batch_size * max_seq_len * local_kv_dim * dtype.itemsize
-    return "\n".join(
-        [
-            *lines,
-            f"{counted(n, 'shard')} of {weights:,} bytes, {n * weights:,} in all, in {dtype}",
-            f"to run, each of {counted(n, 'rank')} needs {(weights + cache) / 1e9:.2f} GB: weights "
-            f"{weights / 1e9:.2f} GB, cache {cache / 1e9:.2f} GB ({max_batch_size} rows of "
-            f"{max_seq_len} tokens); activations come on top",
-        ]
-    )

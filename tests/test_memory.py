@@ -1,0 +1,202 @@
+"""The memory plan counts what is allocated; what does not fit is refused with what does."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from conftest import make_ckpt, make_params
+from random_model import random_source
+
+import split_model
+from llama import LLaMA, memory, parallel
+from llama.checkpoint.folder import Checkpoint
+from llama.generation import load_model
+from llama.memory import Free, Plan, check_generation, check_tuning, ways_to_fit, weight_bytes
+from llama.model import KVCache
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+SIZES = {"vocab_size": 512, "n_kv_heads": 2}
+
+
+def plan_of(source, n=1, dtype=torch.float32, bsz=4, seqlen=64, device=CPU, **more) -> Plan:
+    return Plan(source, n, dtype, bsz, seqlen, device, **more)
+
+
+def large(device: torch.device = CARD, **more) -> Plan:
+    """A model as wide as 7B's, of which nothing is read."""
+    sizes = {"dim": 4096, "n_layers": 4, "n_heads": 32, "multiple_of": 256}
+    source = random_source(make_params(**sizes), torch.float16)
+    return plan_of(source, 1, torch.float16, 32, 512, device, **more)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_every_rank_are_counted_apart_from_mapped_files(tmp_path, shards, dtype):
+    ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", shards, **SIZES))
+    for n in (1, 2, 4):
+        plan = plan_of(ckpt, n, dtype)
+        for rank in range(n):
+            parts = {name: ckpt.part(name, rank, n, dtype) for name in ckpt.shapes}
+            files = {x.untyped_storage().data_ptr() for i in range(shards)
+                     for x in ckpt.shard(i).values()}  # fmt: skip
+            own = [x.nbytes for x in parts.values() if x.untyped_storage().data_ptr() not in files]
+            assert plan.weights == sum(own)
+            assert plan.weights + plan.mapped == sum(x.nbytes for x in parts.values())
+
+
+def test_cache_and_quantised_weights_are_counted(tmp_path):
+    ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", **SIZES))
+    model = load_model(ckpt, parallel.setup())
+    cache = KVCache(model, 3, 100)
+    assert plan_of(ckpt, bsz=3, seqlen=100).cache == sum(x.nbytes for x in cache.layers)
+    w1 = "layers.0.feed_forward.w1.weight"
+    assert weight_bytes(w1, (8, 64), torch.bfloat16, "int8") == 8 * (64 + 2)
+    assert weight_bytes(w1, (8, 96), torch.bfloat16, "int8") == 8 * 3 * (32 + 2)
+    assert weight_bytes(w1, (8, 64), torch.bfloat16, "int4") == 8 * 2 * 19
+    assert weight_bytes("output.weight", (8, 64), torch.bfloat16, "int4") == 8 * 64 * 2
+    with pytest.raises(ValueError, match=r"w1.weight has 48 inputs a rank, which groups of 32 do"):
+        weight_bytes(w1, (8, 48), torch.bfloat16, "int8")
+    with pytest.raises(ValueError, match=r"--quantize must be one of int8, int4, not 'int5'"):
+        weight_bytes(w1, (8, 64), torch.bfloat16, "int5")
+
+
+def peak_of(work) -> int:
+    """The most bytes that torch's CPU allocator gave out at once while something ran."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_step_of_tuning_allocates(tmp_path, checkpointing):
+    from llama.tuning.model import add_soft_prompt
+
+    sizes = SIZES | {"dim": 128, "multiple_of": 384}
+    ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", **sizes))
+    transformer = load_model(ckpt, parallel.setup())
+    transformer.gradient_checkpointing = checkpointing
+    model = add_soft_prompt(transformer, 8, None, "")
+    ids = torch.ones(8, 120, dtype=torch.long)
+    step = lambda: model(input_ids=ids, attention_mask=ids, labels=ids).loss.backward()  # noqa: E731
+    step()
+    tuning = {"tuning": True, "num_virtual_tokens": 8, "gradient_checkpointing": checkpointing}
+    plan = plan_of(ckpt, 1, torch.float32, 8, 128, **tuning)
+    assert plan.activations == pytest.approx(peak_of(step), rel=0.05)
+
+
+def test_activations_are_what_a_prefill_allocates(tmp_path):
+    ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", **(SIZES | {"dim": 128})))
+    model = load_model(ckpt, parallel.setup())
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        h = model.tok_embeddings(torch.ones(8, 200, dtype=torch.long))
+        model.hidden_states(inputs_embeds=h, cache=KVCache(model, 8, 200))
+
+    plan = plan_of(ckpt, bsz=8, seqlen=200)
+    assert plan.cache + plan.activations == pytest.approx(peak_of(prefill), rel=0.05)
+
+
+TUNED = {"tuning": True, "num_virtual_tokens": 32}
+
+
+@pytest.mark.parametrize("plan", [large(), large(CPU), large(**TUNED), large(CPU, **TUNED)])
+def test_what_is_said_to_fit_fits_and_the_next_larger_does_not(plan):
+    free = Free(plan.total * 0.8, 10**12)
+    fields = {"batch_size": "bsz", "max_batch_size": "bsz", "max_seq_len": "seqlen"}
+    fields |= {"offload": "offload"}
+    ways = ways_to_fit(plan, free.holds)
+    found = [(fields[x], int(value)) for x, value in re.findall(r"--(\w+) (\d+)", " ".join(ways))]
+    assert {"bsz", "seqlen"} <= {field for field, _ in found}
+    for field, value in found:
+        assert free.holds(plan.but(**{field: value}))
+        assert not free.holds(plan.but(**{field: value + (-1 if field == "offload" else 1)}))
+
+
+def test_generation_is_refused_only_where_not_even_one_prompt_fits(monkeypatch, capsys):
+    parallel.setup()
+    plan = large()
+    least, said = plan.but(bsz=1, seqlen=16), []
+    for free in (least.total * 0.9, least.total, plan.total):
+        monkeypatch.setattr(Free, "now", lambda _, free=free: Free(free, 10**12))
+        for chosen in (False, True):
+            try:
+                check_generation(plan, chosen)
+            except ValueError as error:
+                said.append(str(error))
+            said.append(capsys.readouterr().err)
+    refused, _, again, _, silent, note, *rest = said
+    assert refused == again
+    assert refused.startswith("random weights: the weights and one short prompt in float16 need ")
+    assert "what fits: --quantize int8" in refused
+    assert [silent, *rest] == ["", "", ""]
+    assert note.startswith("random weights: 32 prompts of 512 tokens at once in float16 need ")
+    assert note.count("\n") == 1
+
+
+def test_the_defaults_which_nobody_chose_are_those_of_build():
+    parameters = inspect.signature(LLaMA.build).parameters
+    names = ("max_seq_len", "max_batch_size")
+    assert tuple(parameters[name].default for name in names) == memory.DEFAULTS
+
+
+def test_tuning_is_refused_where_its_longest_rows_cannot_be_trained_on(monkeypatch):
+    parallel.setup()
+    plan = large(CPU, tuning=True, num_virtual_tokens=32).but(bsz=8, seqlen=512)
+    ids, labels = torch.ones(68, dtype=torch.int32), torch.tensor([-100] * 48 + [1] * 20)
+    rows = [{"input_ids": ids, "labels": labels}] * 6
+    asked = plan.but(bsz=6, seqlen=100, learned=20)
+    monkeypatch.setattr(Free, "now", lambda _: Free(asked.total - 1, 0))
+    check_tuning(plan, rows)  # as sure as the plan is exact
+    monkeypatch.setattr(Free, "now", lambda _: Free(asked.total / 1.06, 0))
+    with pytest.raises(
+        ValueError, match=r"batches of 6 rows of 100 tokens .*; what fits: .*--gradient_"
+    ):
+        check_tuning(plan, rows)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_machine_and_control_groups_leave(tmp_path, version):
+    name, tree, total = ("4:memory", "memory", "total_") if version == 1 else ("0:", "", "")
+    limit, used = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    group = tmp_path / "sys/fs/cgroup" / tree / "outer"
+    files = {
+        tmp_path / "proc/meminfo": "MemTotal:  9000 kB\nMemAvailable:  8000 kB\n",
+        tmp_path / "proc/self/cgroup": f"{name}:/outer/inner\n7:cpu:/outer\n",
+        group / f"memory.{limit}": "5000000\n",
+        group / f"memory.{used}": "4000000\n",
+        group / "memory.stat": f"{total}inactive_file 500000\n{total}active_file 250000\n",
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert parallel.free_host_memory(tmp_path) == 5000000 - 4000000 + 750000
+    (group / f"memory.{limit}").write_text("max\n" if version == 2 else "9223372036854771712\n")
+    assert parallel.free_host_memory(tmp_path) == 8000 * 1024
+
+
+def test_dry_run_shows_what_is_written_and_what_generation_and_tuning_need(tmp_path, capsys):
+    path = make_ckpt(tmp_path / "ckpt", n=2, **SIZES)
+    size = {"max_seq_len": 1000, "max_batch_size": 30}
+    split_model.main(str(path), n=4, dtype="bfloat16", dry_run=True, **size)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line.split() for line in lines}
+    assert " ".join(rows["attention.wk"][1:]) == "2 16 x 64 8 x 64 8 x 64 2,048"
+    plan = plan_of(Checkpoint(path), 4, torch.bfloat16, 30, 1000)
+    assert f"4 shards of {plan.weights + plan.mapped:,} bytes" in "\n".join(lines)
+    tuning = plan.but(**TUNED)
+    plans = (plan, tuning, tuning.but(gradient_checkpointing=True))
+    for name, values in {
+        "KV cache": [x.cache for x in plans],
+        "activations": [x.activations for x in plans],
+        "in all": [x.total + x.mapped for x in plans],
+    }.items():
+        assert rows[name][-3:] == [f"{value / 1e6:,.0f}" for value in values]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
