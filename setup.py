@@ -13,6 +13,7 @@ setup(
     packages=["llama", "llama.checkpoint", "llama.tuning"],
     package_data={"llama": ["example_prompts.jsonl", "example_questions.jsonl"]},
     py_modules=["convert_model", "example", "example_ft", "ft_main", "split_model"],
+    extras_require={"fast": ["numba>=0.61"]},  # decoding on CPUs
     python_requires=">=3.10",
     install_requires=[
         line

@@ -41,8 +41,9 @@ def main(
     from llama.checkpoint.folder import Checkpoint, compare
     from llama.checkpoint.formats import open_any
     from llama.checkpoint.quantized import quantized
-    from llama.checkpoint.weights import default_out_dir, parse_dtype
+    from llama.checkpoint.weights import parse_dtype
     from llama.checkpoint.write import write_checkpoint
+    from llama.files import default_out_dir
     from llama.memory import table
 
     if parallel.rank():  # one process does it, also where torchrun started several

@@ -227,6 +227,13 @@ def write_json(path: Path, value: dict) -> None:
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def default_out_dir(path: str | Path, n: int, quantize: str | None = None) -> Path:
+    """Where a checkpoint is cut to: beside it, under its name with _fs, n and int8 behind."""
+    path = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
+    name = f"{path.name.removesuffix('.gguf')}_fs{n}"
+    return path.with_name(f"{name}_{quantize}" if quantize else name)
+
+
 def load_plain(path: Path) -> dict[str, torch.Tensor]:
     """Load a dict of tensors that torch.save wrote, mapped into memory.
 

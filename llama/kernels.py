@@ -36,19 +36,15 @@ def _(number):  # type: ignore[no-untyped-def]
     return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(f32)
 
 
+# A float16's bits, moved up, are those of its 2**112th part in float32. Half of that is made good
+# in x and half in the products: a factor beside others may be taken first, and overflow.
+HALF_WAY = f32(2.0**56)
+
+
 @njit(inline="always")
-def from_float16(bits: Any) -> Any:
-    """The float32 of a finite float16's bits, where products are not taken in any order."""
-    size = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
-    sign = np.uint32((np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
-    return np.uint32(size | sign).view(f32) * f32(2.0**112)
-
-
-@njit(cache=True)  # in order: elsewhere the product of a part and 2**112 could come first
-def add_scaled(total, part, scales):  # type: ignore[no-untyped-def]
-    """Add part (rows,) times float16 scales (rows,) to total."""
-    for r in range(len(total)):
-        total[r] += part[r] * from_float16(scales[r])
+def scale_of(bits: Any) -> Any:
+    """The 2**112th part of a float16 that is not negative, of its bits."""
+    return np.uint32(np.uint32(bits) << np.uint32(13)).view(f32)
 
 
 @njit(inline="always")
@@ -113,7 +109,7 @@ def _of_floats(weights, x, products, threads):  # type: ignore[no-untyped-def]
 @njit(**OPTIONS)
 def _of_bytes(numbers_of, scales_of, x, products, threads):  # type: ignore[no-untyped-def]
     # of each weight: numbers (tiles, groups, group / 8, 8, rows of a tile) int8, scales (tiles,
-    # groups, rows); x (bsz, in), products (bsz, tiles, rows)
+    # groups, rows); x (bsz, in), products (bsz, tiles, rows): see HALF_WAY
     for thread in prange(threads):
         for which in range(len(numbers_of)):
             numbers, scales = numbers_of[which], scales_of[which]
@@ -137,7 +133,8 @@ def _of_bytes(numbers_of, scales_of, x, products, threads):  # type: ignore[no-u
                                     + (f32(w[4, r]) * v4 + f32(w[5, r]) * v5)
                                     + (f32(w[6, r]) * v6 + f32(w[7, r]) * v7)
                                 )
-                        add_scaled(total, part, scales[tile, group])
+                        for r in range(rows):
+                            total[r] += part[r] * scale_of(scales[tile, group, r])
 
 
 @njit(**OPTIONS)
@@ -171,8 +168,8 @@ def _of_nibbles(numbers_of, scales_of, zeros_of, x, products, threads):  # type:
                                 )
                         eighth = inputs * f32(0.125)
                         for r in range(rows):
-                            part[r] -= f32(zeros[tile, group, r]) * eighth
-                        add_scaled(total, part, scales[tile, group])
+                            shifted = part[r] - f32(zeros[tile, group, r]) * eighth
+                            total[r] += shifted * scale_of(scales[tile, group, r])
 
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -199,10 +196,18 @@ def of_rows(
         arrays = [weight.arrays() for weight in weights]  # type: ignore[union-attr]
         tiled = [y.reshape(len(y), -1, of[0].shape[-1]) for y, of in zip(products, arrays)]
         multiply = _of_bytes if first.bits == 8 else _of_nibbles
-        multiply(*zip(*arrays), inputs, tuple(tiled), threads)
+        multiply(*map(_three, zip(*arrays)), inputs * HALF_WAY, _three(tiled), threads)
+        for product in products:
+            product *= HALF_WAY
     else:
-        _of_floats(tuple(map(_array, weights)), inputs, tuple(products), threads)  # type: ignore[arg-type]
+        floats = [_array(weight) for weight in weights]  # type: ignore[arg-type]
+        _of_floats(_three(floats), inputs, _three(products), threads)
     return [_tensor(y, x) for y in products]
+
+
+def _three(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """One to three arrays as three, others empty: each number would be compiled for itself."""
+    return (*arrays, *[arrays[0][:0]] * (3 - len(arrays)))
 
 
 def _rows(x: torch.Tensor) -> np.ndarray:

@@ -84,8 +84,8 @@ class QuantizedWeight(nn.Module):
         # (tiles, rows, groups, bytes)
         tiled = packed.view(-1, rows, in_features // group, group_bytes(bits, group))
         scales = tiled[..., :2].contiguous().view(torch.float16)[..., 0]
-        if not scales.isfinite().all():
-            raise ValueError("damaged: a scale is infinite or NaN")
+        if not (scales.isfinite() & (scales >= 0)).all():
+            raise ValueError("damaged: a scale is negative, infinite or NaN")
         self._keep("scales", scales.transpose(1, 2))  # (tiles, groups, rows)
         if bits == 8:
             numbers = tiled[..., 2:].view(torch.int8).unflatten(-1, (-1, 8))

@@ -54,11 +54,10 @@ def test_cache_and_quantised_weights_are_counted(tmp_path):
     assert weight_bytes(w1, (8, 64), torch.bfloat16, "int8") == 8 * (64 + 2)
     assert weight_bytes(w1, (8, 96), torch.bfloat16, "int8") == 8 * 3 * (32 + 2)
     assert weight_bytes(w1, (8, 64), torch.bfloat16, "int4") == 8 * 2 * 19
-    assert weight_bytes("output.weight", (8, 64), torch.bfloat16, "int4") == 8 * 64 * 2
+    assert weight_bytes("output.weight", (8, 64), torch.bfloat16, "int4") == 8 * (64 + 2)
+    assert weight_bytes("norm.weight", (64,), torch.bfloat16, "int4") == 64 * 2
     with pytest.raises(ValueError, match=r"w1.weight has 48 inputs a rank, which groups of 32 do"):
         weight_bytes(w1, (8, 48), torch.bfloat16, "int8")
-    with pytest.raises(ValueError, match=r"--quantize must be one of int8, int4, not 'int5'"):
-        weight_bytes(w1, (8, 64), torch.bfloat16, "int5")
 
 
 def peak_of(work) -> int:

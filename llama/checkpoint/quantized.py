@@ -52,7 +52,7 @@ class QuantizedSource(Source):
         with naming(source.path):
             for name, shape in source.shapes.items():
                 if bits := bits_of(name, quantize):
-                    group = source.group_of(name, bits) or group_for(name, source.args, bits)
+                    group = group_for(name, source.args, bits)
                     self.groups[name] = group
                     self.shapes[name] = (shape[0], shape[1] // group * group_bytes(bits, group))
 

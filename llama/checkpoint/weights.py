@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llama.cli import first_few, say
-from llama.files import bytes_of
+from llama.files import bytes_of, default_out_dir
 from llama.model import ModelArgs
 from llama.options import check_dtype
 from llama.quantize import group_of, pack
@@ -187,13 +187,6 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def default_out_dir(path: str | Path, n: int, quantize: str | None = None) -> Path:
-    """Where a checkpoint is cut to: beside it, under its name with _fs, n and int8 behind."""
-    path = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
-    name = f"{path.name.removesuffix('.gguf')}_fs{n}"
-    return path.with_name(f"{name}_{quantize}" if quantize else name)
-
-
 def tokenizer_in(folder: Path) -> dict[str, Path]:
     """The tokenizer files of a folder, by name: they go along with its weights."""
     found = [*folder.glob("tokenizer*"), folder / "chat_template.jinja"]
@@ -258,9 +251,6 @@ class Source:
     ) -> torch.Tensor:
         """Some columns of rows of a matrix, whole groups of them, quantised."""
         return pack(self.block(name, start, stop, columns), bits, group)
-
-    def group_of(self, name: str, bits: int) -> int | None:
-        """The inputs of a group in which a matrix is quantised already. By default it is not."""
 
     def check_cut(self, n: int, what: str) -> None:
         """Raise ValueError unless the model cuts into n; where it is quantised, between groups."""
