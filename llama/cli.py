@@ -108,7 +108,7 @@ def _explain(error: Exception) -> str | None:
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate" in text:
         return (
             f"error: out of memory ({lines[0]}); lower the batch size or --max_seq_len, take "
-            "--dtype bfloat16, --quantize int8 or more ranks, or in training --gradient_checkpointing"
+            "--dtype bfloat16, --quantize int8 or more ranks, in training --gradient_checkpointing"
         )
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return (
