@@ -15,6 +15,7 @@ def main(
     to: str = "meta",
     n: int = 1,
     dtype: str | None = None,
+    quantize: str | None = None,
     tuning_ckpt_path: str | None = None,
     prompts_file: str | None = None,
     consolidated: bool = False,
@@ -30,6 +31,7 @@ def main(
         n: how many shards to write, in Meta's format.
         dtype: float32, bfloat16 or float16, for gguf also q8_0; by default what the source holds
             (quantised: float32).
+        quantize: int8 or int4: write the matrices in 8 or 4 bits, in Meta's format.
         tuning_ckpt_path: a tuned prompt, to become new tokens of the model's vocabulary.
         prompts_file: for prompt_embeds: your prompts, as example.py reads them.
         consolidated: name shards in Meta's format consolidated.00.pth, as Meta does.
@@ -37,9 +39,16 @@ def main(
     """
     # here and not above, so that --help need not wait for torch
     from llama import parallel
-    from llama.checkpoint.convert import bake, check_target, convert, verify_written
+    from llama.checkpoint.convert import (
+        bake,
+        check_floats,
+        check_target,
+        convert,
+        verify_written,
+    )
     from llama.checkpoint.embeds import write_embeds
     from llama.checkpoint.formats import open_any
+    from llama.checkpoint.quantized import quantized
     from llama.checkpoint.weights import valid_shard_counts
     from llama.prompts import read_prompts
     from llama.tuning.adapter import (
@@ -50,8 +59,9 @@ def main(
 
     if parallel.rank():  # one process does it, also where torchrun started several
         return
-    check_target(to, n, dtype, consolidated, prompts_file, verify)
+    check_target(to, n, dtype, quantize, consolidated, prompts_file, verify)
     source, prompt = open_any(from_), None
+    check_floats(source)
     if tuning_ckpt_path is not None:
         prompt = load_soft_prompt(tuning_ckpt_path, source.args.dim)
         warn_of_another_model(tuning_ckpt_path, source)
@@ -63,6 +73,7 @@ def main(
     baked = None
     if prompt is not None and tuning_ckpt_path is not None:
         source = baked = bake(source, prompt, chat_template_beside(tuning_ckpt_path))
+    source = quantized(source, quantize)
     convert(source, out_dir, to, n, dtype, consolidated)
     if verify:
         verify_written(source, out_dir)

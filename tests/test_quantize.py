@@ -16,7 +16,8 @@ from conftest import (
 from programs import generated_tokens
 
 from llama import layers, parallel
-from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.convert import check_floats
+from llama.checkpoint.folder import Checkpoint, compare
 from llama.checkpoint.quantized import QuantizedSource, quantized
 from llama.checkpoint.weights import OUTPUT
 from llama.checkpoint.write import write_checkpoint
@@ -156,6 +157,11 @@ def test_what_cannot_be_quantised_is_told(source, tmp_path):
     write_checkpoint(QuantizedSource(source, "int8"), folder)
     with pytest.raises(ValueError, match=r"quantised to int8: leave --quantize away.* to int4"):
         quantized(Checkpoint(folder), "int4")
+    with pytest.raises(ValueError, match="quantised to int8, which no other format holds"):
+        check_floats(Checkpoint(folder))
+    write_checkpoint(source, tmp_path / "float")
+    with pytest.raises(ValueError, match=r"one is quantised.*give --quantize int8 with"):
+        compare(Checkpoint(tmp_path / "float"), Checkpoint(folder))
     (folder / "manifest.json").unlink()
     for value, message in ((None, "wq.weight has shape"), ("x", "--quantize must be one of")):
         edit_json(folder / "params.json", quantize=value)

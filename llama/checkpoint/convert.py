@@ -51,6 +51,7 @@ def check_target(
     to: str,
     n: int,
     dtype: str | None,
+    quantize: str | None,
     consolidated: bool,
     prompts_file: str | None,
     verify: bool,
@@ -65,12 +66,22 @@ def check_target(
         raise ValueError("--verify compares weights, and prompt_embeds has none: leave it out")
     of_one_target = {
         "n": ("meta", n != 1),
+        "quantize": ("meta", quantize is not None),
         "consolidated": ("meta", consolidated),
         "prompts_file": ("prompt_embeds", prompts_file is not None),
     }
     for name, (only, given) in of_one_target.items():
         if given and to != only:
             raise ValueError(f"--{name} goes with --to {only} alone, not with --to {to}")
+
+
+def check_floats(source: Source) -> None:
+    """Raise ValueError for a folder of quantised weights, which no other format holds."""
+    if source.quantize:
+        raise ValueError(
+            f"{source.path}: quantised to {source.quantize}, which no other format holds: give the "
+            "checkpoint that it was made from"
+        )
 
 
 def convert(
@@ -89,7 +100,7 @@ def convert(
     out_dir = Path(os.path.abspath(out_dir))
     if not source.has_tokenizer and to != "gguf":  # which cannot be without one
         say(f"{out_dir}: the model comes without a tokenizer: put its tokenizer there yourself")
-    if dtype is None and source.quantised_bytes:
+    if dtype is None and source.quantised_bytes and not source.quantize:
         names = source.shapes if to == "meta" else source.different_names
         say(f"{source.path}: {source.growth(names)}")
     if to == "meta":

@@ -312,6 +312,11 @@ def compare(a: Source, b: Checkpoint) -> None:
 
     Where their dtypes differ, b must hold what a's weights become in b's.
     """
+    if a.quantize != b.quantize:
+        raise ValueError(
+            f"{a.path} and {b.path}: one is quantised, or both otherwise; give --quantize "
+            f"{b.quantize or a.quantize} with the checkpoint that the quantised one was made from"
+        )
     facts_a, facts_b = facts_of(a.args), facts_of(b.args)
     differing = [key for key in facts_a if facts_a[key] != facts_b[key]]
     if differing:
