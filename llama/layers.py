@@ -130,15 +130,25 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         on_cpu and n_rows >= MANY_ROWS and not computes(x.dtype)
     ):
         return Widened.apply(x, weight)
-    threads = torch.get_num_threads()
-    one_row = on_cpu and n_rows == 1 and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    if not one_row or threads == 1 or len(weight) % threads:
-        return F.linear(x, weight)
+    threads, one_row = torch.get_num_threads(), on_cpu and n_rows == 1 and x.dtype == torch.float32
+    if not one_row or threads == 1 or len(weight) % threads or torch.is_grad_enabled():
+        return torch_linear(x, weight)
     # torch's kernel reads the weight with a single thread. Given as a batch of slices, each thread
     # reads its own.
     slices = weight.view(threads, -1, weight.shape[1]).transpose(1, 2)
     rows = x.reshape(1, -1).expand(threads, 1, -1)
     return torch.bmm(rows, slices).view(*x.shape[:-1], -1)
+
+
+def torch_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply as F.linear does; on a CPU in float32 by oneDNN, as torch's compiler does.
+
+    On CPUs that are not Intel's that is 1.3 times as fast as MKL. It knows no gradients.
+    """
+    float32 = x.device.type == "cpu" and x.dtype == torch.float32
+    if float32 and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
 
 
 def kernels_for(x: torch.Tensor) -> ModuleType | None:
@@ -180,11 +190,12 @@ class Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
         """Multiply x (..., in_features) by the transpose of weight (out_features, in_features)."""
-        ctx.weight, ctx.dtype = weight, torch.float32 if not computes(x.dtype) else x.dtype
+        by_itself = x.device.type != "cpu" or computes(x.dtype)
+        ctx.weight, ctx.dtype = weight, x.dtype if by_itself else torch.float32
         wide, product = x.to(ctx.dtype), x.new_empty(*x.shape[:-1], len(weight))
         for start in range(0, len(weight), WIDENED_ROWS):
             rows = slice(start, start + WIDENED_ROWS)
-            product[..., rows] = F.linear(wide, weight[rows].to(ctx.dtype))
+            product[..., rows] = torch_linear(wide, weight[rows].to(ctx.dtype))
         return product
 
     @staticmethod
