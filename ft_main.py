@@ -44,7 +44,6 @@ def tune(flags: TuningOptions, out: Path) -> None:
     else:
         check_unused(out)
     device = parallel.setup()
-    parallel.return_freed_memory()
     ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
     rows = tokenize_dataset(
         flags.dataset_path,

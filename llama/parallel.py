@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -173,16 +172,6 @@ def device_peak() -> int:
     if _device is None or _device.type != "cuda":
         return 0
     return torch.cuda.max_memory_allocated(_device)
-
-
-def return_freed_memory() -> None:
-    """Have freed tensors go back to the machine at once, as training's peak is then a fifth less.
-
-    glibc keeps what is freed for later, and ever more of it; here it stays with its first limit.
-    """
-    m_mmap_threshold = -3
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 17)
 
 
 def free_host_memory(root: str = "/") -> float:
