@@ -24,8 +24,8 @@ from llama.layers import WIDENED_ROWS, computes
 from llama.options import QUANTIZATIONS
 from llama.quantize import GROUPS, group_bytes
 
-# What needs so much more than there is cannot run. The plan is the least: what glibc keeps of freed
-# tensors came to a quarter more in tuning on CPUs, and giving it back at once took 1.6 times as long.
+# What needs so much more than there is cannot run. The plan is the least: what glibc keeps of
+# freed tensors came to a quarter more in tuning on CPUs (to give it back made that 1.6 times slower).
 SURE = 1.05
 LEAST_TOKENS = 16  # of one row: the smallest work that is of use
 DEFAULTS = (512, 32)  # LLaMA.build's max_seq_len and max_batch_size, which nobody chose
