@@ -25,7 +25,7 @@ from llama.options import QUANTIZATIONS
 from llama.quantize import GROUPS, group_bytes
 
 # What needs so much more than there is cannot run. The plan is the least: what glibc keeps of
-# freed tensors came to a quarter more in tuning on CPUs (to give it back made that 1.6 times slower).
+# freed tensors came to a quarter more in tuning on CPUs (to give it back at once made it slow).
 SURE = 1.05
 LEAST_TOKENS = 16  # of one row: the smallest work that is of use
 DEFAULTS = (512, 32)  # LLaMA.build's max_seq_len and max_batch_size, which nobody chose
