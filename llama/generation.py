@@ -15,6 +15,7 @@ from llama.batch import Batch, take_alike
 from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
+from llama.files import naming
 from llama.layers import quantise
 from llama.memory import DEFAULTS, Plan, check_generation
 from llama.model import KVCache, Transformer
@@ -339,7 +340,8 @@ def load_model(
     for name, part in bar:
         part = part if name.startswith(names_away) else part.to(device)
         if bits := ckpt.bits_of(name):
-            quantise(model.get_submodule(name.removesuffix(".weight")), part, bits)
+            with naming(ckpt.path):
+                quantise(model.get_submodule(name.removesuffix(".weight")), part, bits)
         else:
             weights[name] = part
     model.load_state_dict(weights, assign=True)

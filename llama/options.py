@@ -180,7 +180,9 @@ class TunedGenerationOptions(GenerationOptions):
 def check_quantize(quantize: str | None) -> None:
     """Raise ValueError for a --quantize that is unknown."""
     if quantize not in (None, *QUANTIZATIONS):
-        raise ValueError(f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
+        raise ValueError(
+            f"--quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r:.40}"
+        )
 
 
 def check_max_seq_len(max_seq_len: int | None) -> None:

@@ -7,11 +7,13 @@ import torch
 from conftest import (
     TOKENIZERS,
     edit_json,
+    edit_shard,
     hashes_of,
     make_ckpt,
     make_params,
     random_source,
     run_script,
+    shard_of,
 )
 from programs import generated_tokens
 
@@ -163,6 +165,10 @@ def test_what_cannot_be_quantised_is_told(source, tmp_path):
     with pytest.raises(ValueError, match=r"one is quantised.*give --quantize int8 with"):
         compare(Checkpoint(tmp_path / "float"), Checkpoint(folder))
     (folder / "manifest.json").unlink()
+    wq = Checkpoint(folder).read("layers.0.attention.wq.weight")
+    edit_shard(shard_of(folder, 0), **{"layers.0.attention.wq.weight": torch.full_like(wq, 255)})
+    with pytest.raises(ValueError, match="int8: damaged: a scale is negative, infinite or NaN"):
+        load_model(Checkpoint(folder), parallel.setup())
     for value, message in ((None, "wq.weight has shape"), ("x", "--quantize must be one of")):
         edit_json(folder / "params.json", quantize=value)
         with pytest.raises(ValueError, match=message):
