@@ -6,19 +6,24 @@ at the speed of memory, compute in float32, and do in one call what belongs toge
 at of_rows().
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
+
+# Before numba is imported: each product wakes all threads of its pool, and where ranks share cores
+# those that have nothing to do took a hundred times as long as the product.
+os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
+import numba
 from numba import njit, prange, types
 from numba.extending import overload
 
-from llama.quantize import QuantizedWeight
+from llama.quantize import QuantizedWeight, pack
 
 f32 = np.float32
-_n_threads = 0  # that numba was told to use
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 # Sums in any order, so that they are vectors'; but NaN stays NaN.
 OPTIONS: Any = {"parallel": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz"}}
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # the threads of torch: others would wait for these
@@ -223,11 +228,7 @@ def _tensor(rows: np.ndarray, x: torch.Tensor) -> torch.Tensor:
 
 def _threads() -> int:
     """The number of threads that torch uses, and these kernels too."""
-    global _n_threads
-    if torch.get_num_threads() != _n_threads:
-        _n_threads = torch.get_num_threads()
-        numba.set_num_threads(_n_threads)
-    return _n_threads
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -315,3 +316,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     y = np.empty_like(rows)
     _normalise(rows, weight.numpy(), eps, y)
     return _tensor(y, x)
+
+
+def compile_all() -> None:
+    """Compile every kernel, where this was not done on this machine before."""
+    one = torch.ones(1, 64)
+    weights: list[torch.Tensor | QuantizedWeight] = [one, one.bfloat16()]
+    weights += [QuantizedWeight(pack(one, bits, 32), bits, 64) for bits in (8, 4)]
+    for weight in weights:
+        of_rows(one, [weight])
+    rms_norm(one, one[0], 1e-5)
+    heads, freqs = torch.ones(1, 1, 1, 64), torch.ones(1, 1, 1, 32, dtype=torch.complex64)
+    attend(heads, heads, heads, freqs, (heads, heads.clone()), np.zeros(1, int))
