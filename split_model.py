@@ -55,15 +55,10 @@ def main(
     cli.check_at_least(1, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     wanted = parse_dtype(dtype)
     ckpt = quantized(open_any(ckpt_dir), quantize)
-    if (
-        n is not None
-        and wanted is None
-        and quantize is None
-        and (growth := ckpt.growth(ckpt.shapes))
-    ):
+    if n is not None and wanted is None and (growth := ckpt.growth(ckpt.shapes)):
         cli.say(f"{ckpt_dir}: {growth}")
     if dry_run and n is not None:
-        print(table(ckpt, n, wanted, max_seq_len, max_batch_size, ckpt.quantize))
+        print(table(ckpt, n, wanted, max_seq_len, max_batch_size))
         return
     if n is not None:
         out_dir = out_dir or str(default_out_dir(ckpt_dir, n, quantize))

@@ -330,7 +330,6 @@ def table(
     dtype: torch.dtype | None,
     max_seq_len: int,
     max_batch_size: int,
-    quantize: str | None = None,
     num_virtual_tokens: int = 32,
 ) -> str:
     """A table of what cutting into n would write, and of what each rank then needs to run."""
@@ -351,7 +350,7 @@ def table(
         lines.append(row(kind, len(names), *shapes, f"{size:,}"))
     of = f"{counted(n, 'shard')} of {weights:,} bytes, {n * weights:,} in all, in {_named(dtype)}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = Plan(ckpt, n, dtype, max_batch_size, max_seq_len, device, quantize)
+    run = Plan(ckpt, n, dtype, max_batch_size, max_seq_len, device, ckpt.quantize)
     tuning = run.but(tuning=True, num_virtual_tokens=min(num_virtual_tokens, max_seq_len))
     plans = [run, tuning, tuning.but(gradient_checkpointing=True)]
     row = "{:30}  {:>14}  {:>14}  {:>24}".format
@@ -372,7 +371,7 @@ def table(
     lines.append(row("free here for each", *[_mb(free)] * 3))
     work = f"{max_batch_size} rows of {max_seq_len} tokens at once"
     lines.append(f"for {work}; tuning: a prompt of {tuning.num_virtual_tokens}, all others learned")
-    if quantize is None:
+    if ckpt.quantize is None:
         lines.append(
             "on a CPU the weights of such a folder stay mapped files, which take no memory"
         )

@@ -100,7 +100,7 @@ def convert(
     out_dir = Path(os.path.abspath(out_dir))
     if not source.has_tokenizer and to != "gguf":  # which cannot be without one
         say(f"{out_dir}: the model comes without a tokenizer: put its tokenizer there yourself")
-    if dtype is None and source.quantised_bytes and not source.quantize:
+    if dtype is None and source.quantised_bytes:
         names = source.shapes if to == "meta" else source.different_names
         say(f"{source.path}: {source.growth(names)}")
     if to == "meta":

@@ -16,7 +16,7 @@ from llama.checkpoint.weights import (
 from llama.files import naming
 from llama.model import ModelArgs
 from llama.options import check_quantize
-from llama.quantize import GROUPS, group_bytes
+from llama.quantize import GROUPS, group_bytes, pack
 
 MOST_CARDS = 8  # of a machine: groups are as long as cuts for so many leave them
 
@@ -75,7 +75,7 @@ class QuantizedSource(Source):
         first, last, _ = columns.indices(self.shapes[name][1])
         n_bytes = group_bytes(bits, group)
         inputs = slice(first // n_bytes * group, last // n_bytes * group)
-        return self.source.packed(name, bits, group, start, stop, inputs)
+        return pack(self.source.block(name, start, stop, inputs), bits, group)
 
     def blocks(self, name: str, multiple: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
         """Read a weight some rows at a time, each with the number of its first row.

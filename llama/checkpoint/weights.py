@@ -17,7 +17,7 @@ from llama.cli import first_few, say
 from llama.files import bytes_of, default_out_dir
 from llama.model import ModelArgs
 from llama.options import check_dtype
-from llama.quantize import group_of, pack
+from llama.quantize import group_of
 
 BLOCK_ROWS = 128  # a few MB at the most, on each of several threads
 BLOCK_NUMBERS = 1 << 20  # on one thread
@@ -245,12 +245,6 @@ class Source:
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         """What a weight is in memory and in shards, where others are in a dtype."""
         return torch.uint8 if self.bits_of(name) else dtype or self.dtype
-
-    def packed(
-        self, name: str, bits: int, group: int, start: int, stop: int, columns: slice
-    ) -> torch.Tensor:
-        """Some columns of rows of a matrix, whole groups of them, quantised."""
-        return pack(self.block(name, start, stop, columns), bits, group)
 
     def check_cut(self, n: int, what: str) -> None:
         """Raise ValueError unless the model cuts into n; where it is quantised, between groups."""
