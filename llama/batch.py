@@ -5,6 +5,8 @@ from collections import deque
 import torch
 
 from llama import parallel
+from llama.decoder import Decoder
+from llama.layers import FEW_ROWS, kernels
 from llama.model import KVCache, Transformer
 from llama.output import Row
 
@@ -25,6 +27,8 @@ class Batch:
         self.model, self.soft_prompt, self.cache = model, soft_prompt, cache
         self.virtual = 0 if soft_prompt is None else len(soft_prompt)
         self.rows: list[Row] = []
+        ours = kernels() if cache.rows.device.type == "cpu" else None
+        self.decoder = Decoder(ours, model, cache) if ours else None
 
     @torch.inference_mode()
     def add(self, rows: list[Row], kept: int = 0, echo: bool = False) -> torch.Tensor:
@@ -72,13 +76,13 @@ class Batch:
 
     def decode_one_token(self) -> torch.Tensor:
         """Read the last token of each row: logits (bsz, vocab_size) after it."""
-        cache = self.cache.narrow(0, len(self.rows))
-        ids = [[row.output.token[-1]] for row in self.rows]
-        h = self.model.hidden_states(
-            torch.tensor(ids, device=self.model.norm.weight.device),
-            cache=cache,
-            start_pos=[self._filled(row) for row in self.rows],
-        )
+        ids = [row.output.token[-1] for row in self.rows]
+        starts = [self._filled(row) for row in self.rows]
+        if self.decoder and len(ids) <= FEW_ROWS:
+            return self.model.gather_logits(self.decoder.hidden_states(ids, starts))
+        cache = self.cache.narrow(0, len(ids))
+        tokens = torch.tensor(ids, device=self.model.norm.weight.device)[:, None]
+        h = self.model.hidden_states(tokens, cache=cache, start_pos=starts)
         return self.model.gather_logits(h[:, -1])
 
     def drop_done(self) -> list[int]:

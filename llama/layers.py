@@ -91,8 +91,6 @@ class RMSNorm(nn.Module):
         self.weight = _unallocated(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32 and (ours := kernels_for(x)):
-            return ours.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -114,9 +112,9 @@ def products(x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
 
     A few rows on a CPU go through our own kernels, where numba is installed.
     """
-    if (ours := kernels_for(x)) and all(map(ours.knows, weights)):
-        return ours.of_rows(x, weights)
-    return [linear(x, weight) for weight in weights]
+    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
+    ours = kernels() if few and not torch.is_grad_enabled() else None
+    return [ours.of_rows(x, weight) if ours else linear(x, weight) for weight in weights]
 
 
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -151,20 +149,13 @@ def torch_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight)
 
 
-def kernels_for(x: torch.Tensor) -> ModuleType | None:
-    """Our own kernels, where they are for inputs like x (..., n): a few rows on a CPU."""
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
-    return kernels() if few and not torch.is_grad_enabled() else None
-
-
 @functools.cache
 def kernels() -> ModuleType | None:
     """Our own kernels for CPUs; None without numba."""
     try:
         from llama import kernels
 
-        kernels.rms_norm(torch.ones(1, 1), torch.ones(1), 1.0)
-        kernels.of_rows(torch.ones(1, 1), [torch.ones(1, 1)])
+        kernels.of_rows(torch.ones(1, 1), torch.ones(1, 1))
     except (ImportError, ValueError):  # also of a system without the threads that they share
         return None
     return kernels

@@ -5,7 +5,6 @@ import math
 import reprlib
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as mpu
@@ -19,7 +18,6 @@ from llama.layers import (
     RMSNorm,
     RowParallelLinear,
     column_parallel,
-    kernels_for,
 )
 
 
@@ -149,7 +147,6 @@ class KVCache:
         self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device).unbind(0)
         self.rows = torch.arange(bsz, device=weight.device)[:, None]  # (bsz, 1)
         self.end = 0  # of what any row has written
-        self.starts = np.zeros(bsz, int)  # where the pass begins to write
         self.place: tuple = ()  # index into (bsz, max_len) of what the pass writes
 
     def narrow(self, start: int, bsz: int) -> "KVCache":
@@ -172,7 +169,6 @@ class KVCache:
         Returns its positions (bsz, seqlen), and where its queries may look, (bsz, 1, seqlen, end);
         None if that is everything (one token) or what is_causal says (all from the beginning).
         """
-        self.starts = np.array(start_pos)
         starts = torch.tensor(start_pos, device=self.rows.device)[:, None]
         positions = starts + torch.arange(seqlen, device=starts.device)
         first, last = min(start_pos), max(start_pos)
@@ -234,10 +230,6 @@ class Attention(nn.Module):
             y.view(bsz, seqlen, -1, self.head_dim)  # (bsz, seqlen, n_local_heads, head_dim)
             for y in column_parallel(x, self.wq, self.wk, self.wv)
         )
-        ours = kernels_for(x) if seqlen == 1 else None
-        if cache is not None and ours and x.dtype == torch.float32:
-            cached = cache.layers[self.layer]
-            return self.wo(ours.attend(xq, xk, xv, freqs_cis, cached, cache.starts))
         # Together: a step of one token is made of few numbers and many calls.
         n_heads, n_kv_heads = xq.shape[2], xk.shape[2]
         rotated = apply_rotary_emb(torch.cat((xq, xk), 2), freqs_cis)
@@ -344,14 +336,18 @@ class Transformer(nn.Module):
             mask = padding_mask(attention_mask)
         else:
             positions, mask = cache.advance(start_pos or [0] * len(h), seqlen)  # (bsz, seqlen)
-        angles = positions[..., None, None].float() * self.rope_freqs
-        freqs_cis = torch.polar(torch.ones_like(angles), angles)  # (…, seqlen, 1, head_dim / 2)
+        freqs_cis = self.rotations(positions)[..., None, :]  # (…, seqlen, 1, head_dim / 2)
         for layer in self.layers:
             if (self.gradient_checkpointing or layer.recompute) and torch.is_grad_enabled():
                 h = checkpoint(layer, h, freqs_cis, mask, cache, use_reentrant=False)
             else:
                 h = layer(h, freqs_cis, mask, cache)
         return self.norm(h)
+
+    def rotations(self, positions: Tensor) -> Tensor:
+        """Compute by what rotary pairs are turned at positions (…), complex (…, head_dim / 2)."""
+        angles = positions[..., None].float() * self.rope_freqs
+        return torch.polar(torch.ones_like(angles), angles)
 
     def local_logits(self, h: Tensor) -> Tensor:
         """Compute this rank's columns of the logits, (..., vocab_size / n), in its dtype."""

@@ -7,7 +7,6 @@ scale (float16), then the bytes. One of int4 is the scale, the zero (int8, in ei
 two inputs each, i and i + group / 2, as in GGUF's Q4_1.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -79,7 +78,6 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         group = group_of(bits, in_features, packed.shape[1])
         self.bits, self.shape = bits, (len(packed), in_features)
-        self._arrays: tuple[np.ndarray, ...] | None = None
         rows = next(tile for tile in TILES if len(packed) % tile == 0)
         # (tiles, rows, groups, bytes)
         tiled = packed.view(-1, rows, in_features // group, group_bytes(bits, group))
@@ -123,10 +121,3 @@ class QuantizedWeight(nn.Module):
     def tile(self) -> int:
         """Rows of a tile."""
         return self.numbers.shape[-1]
-
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """Numbers, the bits of the scales, and zeros where there are any, on a CPU."""
-        if self._arrays is None:
-            self._arrays = (self.numbers.numpy(), self.scales.view(torch.uint16).numpy())
-            self._arrays += (self.zeros.numpy(),) if self.bits == 4 else ()
-        return self._arrays

@@ -16,6 +16,7 @@ GROUND = [
     "options",
     "files",
     "model",
+    "decoder",
     "offload",
     "tokenizer",
     "template",

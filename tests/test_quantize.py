@@ -75,19 +75,14 @@ def test_products_and_gradients_are_those_of_the_rounded_numbers(monkeypatch, bi
         torch.testing.assert_close(gradient, wide.sum(0).expand_as(x), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bsz", [1, 2, 3, 8])
 def test_our_products_of_floats_are_torchs(dtype, bsz):
     kernels, x, weight = layers.kernels(), torch.randn(bsz, 1, 70).to(dtype), matrix(37, 70)
-    products = kernels.of_rows(x, [weight.to(dtype), weight[:5].to(dtype)])
-    for product, rows in zip(products, (37, 5)):
-        expected = x.float() @ weight[:rows].to(dtype).float().T
-        assert product.dtype == dtype
-        torch.testing.assert_close(product, expected.to(dtype), rtol=1e-2, atol=1e-4)
-    normed = kernels.rms_norm(x.float(), matrix(1, 70)[0], 1e-5)
-    torch.testing.assert_close(
-        normed, torch.nn.functional.rms_norm(x.float(), (70,), matrix(1, 70)[0], 1e-5)
-    )
+    product = kernels.of_rows(x, weight.to(dtype))
+    expected = x.float() @ weight.to(dtype).float().T
+    assert product.dtype == dtype
+    torch.testing.assert_close(product, expected.to(dtype), rtol=1e-2, atol=1e-4)
 
 
 @pytest.fixture
