@@ -32,6 +32,7 @@ numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # the thread
 if (flags := binding.get_host_cpu_features()).get("sse2") and not flags.get("f16c"):
     raise ImportError("this CPU does not convert float16 by itself")
 
+# Functions of a docstring alone are compiled as the @overload below them says.
 # numba has neither half precision: of bfloat16 it is given the bits as uint16, of float16 as int16.
 ARRAYS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -58,7 +59,6 @@ def to_float16(typing: Any, number: Any) -> Any:
 
 def widen(number: Any) -> Any:
     """The float32 of a number in an array: float32, or the bits of a half precision."""
-    raise NotImplementedError("compiled by the function below")
 
 
 @overload(widen, inline="always")
@@ -72,7 +72,6 @@ def _(number):  # type: ignore[no-untyped-def]
 
 def put(array: Any, place: Any, number: Any) -> None:
     """Write a float32 into an array such as widen() reads, rounded to the nearest."""
-    raise NotImplementedError("compiled by the function below")
 
 
 @overload(put)
@@ -200,9 +199,22 @@ def _nibbles(numbers, scales, zeros, x, y, thread, threads):  # type: ignore[no-
                     total[r] += shifted * widen(scales[tile, group, r])
 
 
+def steps_of(weight: Any, tile: Any, group: Any, k: Any, q: Any, r: Any) -> Any:
+    """The number of input q of eight of a tile's row, in steps of its scale."""
+
+
+@overload(steps_of, inline="always")
+def _(weight, tile, group, k, q, r):  # type: ignore[no-untyped-def]
+    if len(weight) == 2:
+        return lambda weight, tile, group, k, q, r: f32(weight[0][tile, group, k, q, r])
+    return lambda weight, tile, group, k, q, r: (
+        low(weight[0][tile, group, k, q // 2, r] >> np.uint8(q % 2 * 4))
+        - f32(weight[2][tile, group, r]) * f32(0.125)
+    )
+
+
 def multiply(weight: Any, x: Any, y: Any, thread: Any, threads: Any) -> None:
     """Write a thread's share of x (bsz, in) times the transpose of a weight into y (bsz, out)."""
-    raise NotImplementedError("compiled by the function below")
 
 
 @overload(multiply)
@@ -324,6 +336,35 @@ def of_rows(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Te
     return torch.from_numpy(y.reshape(*x.shape[:-1], -1)).to(x.dtype)
 
 
+@kernel
+def _unpack(weight, out, threads):  # type: ignore[no-untyped-def]
+    # by eight inputs of a tile's rows, which fit where both orders are quick to reach
+    tiles, groups, eights, _, rows = weight[0].shape
+    tiled = out.reshape(tiles, rows, groups, eights, 8)
+    for thread in prange(threads):
+        wide = np.empty((8, rows), f32)
+        for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
+            for group in range(groups):
+                for k in range(eights):
+                    for q in range(8):
+                        for r in range(rows):
+                            steps = steps_of(weight, tile, group, k, q, r)
+                            wide[q, r] = steps * widen(weight[1][tile, group, r])
+                    for r in range(rows):
+                        y = tiled[tile, r, group, k]
+                        y[0], y[1], y[2], y[3] = wide[0, r], wide[1, r], wide[2, r], wide[3, r]
+                        y[4], y[5], y[6], y[7] = wide[4, r], wide[5, r], wide[6, r], wide[7, r]
+
+
+def unpack(weight: QuantizedWeight, rows: slice) -> torch.Tensor:
+    """Rows (n, in) of a quantised weight in float32; they are to begin and end with tiles."""
+    tiles = slice(rows.start // weight.tile, min(rows.stop, len(weight)) // weight.tile)
+    part = tuple(x[tiles] for x in arrays(weight))
+    out = np.empty((len(part[0]) * weight.tile, weight.shape[1]), f32)
+    _unpack(part, out, n_threads())
+    return torch.from_numpy(out)
+
+
 def n_threads() -> int:
     """The number of threads that torch uses, and these kernels too."""
     return min(torch.get_num_threads(), MOST_THREADS)
@@ -351,6 +392,8 @@ def compile_all() -> None:
     h, freqs, starts = ones.numpy()[:1], np.ones((1, 32, 2), f32), np.zeros(1, int)
     for weight, caches in pairs:
         w = arrays(weight)
+        if isinstance(weight, QuantizedWeight):
+            unpack(weight, slice(0, 64))
         feed_forward(h, h[0], w, w, w, 64, h.copy(), 1e-5, 1)
         for cached in caches:
             kv = array(cached.view(64, 1, 1, 64))

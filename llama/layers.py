@@ -172,6 +172,14 @@ def computes(dtype: torch.dtype) -> bool:
     return dtype not in ARITHMETIC or bool(flags & ARITHMETIC[dtype])
 
 
+def widened(weight: Weight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows of a weight, by tiles where it is quantised, in another dtype."""
+    if isinstance(weight, QuantizedWeight) and weight.numbers.device.type == "cpu":
+        if ours := kernels():
+            return ours.unpack(weight, rows).to(dtype)
+    return weight[rows].to(dtype)
+
+
 class Widened(torch.autograd.Function):
     """The product of linear(), with some rows of the weight widened at a time.
 
@@ -186,7 +194,7 @@ class Widened(torch.autograd.Function):
         wide, product = x.to(ctx.dtype), x.new_empty(*x.shape[:-1], len(weight))
         for start in range(0, len(weight), WIDENED_ROWS):
             rows = slice(start, start + WIDENED_ROWS)
-            product[..., rows] = torch_linear(wide, weight[rows].to(ctx.dtype))
+            product[..., rows] = torch_linear(wide, widened(weight, rows, ctx.dtype))
         return product
 
     @staticmethod
@@ -195,7 +203,7 @@ class Widened(torch.autograd.Function):
         total = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1], dtype=torch.float32)
         for start in range(0, len(ctx.weight), WIDENED_ROWS):
             rows = slice(start, start + WIDENED_ROWS)
-            total += gradient[..., rows].to(ctx.dtype) @ ctx.weight[rows].to(ctx.dtype)
+            total += gradient[..., rows].to(ctx.dtype) @ widened(ctx.weight, rows, ctx.dtype)
         return total.to(gradient.dtype), None
 
 

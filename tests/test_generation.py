@@ -136,13 +136,17 @@ def test_a_row_that_ends_gives_its_place_to_the_next_prompt(tmp_path, monkeypatc
     assert len(set(n_draws)) > 3  # they end at different times
     passes, caches = [], []
 
-    def watched(input_ids=None, inputs_embeds=None, **kwargs):
-        kind, h = ("step", input_ids) if inputs_embeds is None else ("read", inputs_embeds)
-        passes.append((kind, *h.shape[:2]))
-        return hidden_states(input_ids, inputs_embeds, **kwargs)
+    def watched_step(batch):
+        passes.append(("step", len(batch.rows), 1))
+        return step(batch)
 
-    hidden_states = llama.model.hidden_states
-    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    def watched_add(batch, rows, *args):
+        passes.append(("read", len(rows), max(len(row.ids) for row in rows)))
+        return add(batch, rows, *args)
+
+    step, add = generation.Batch.decode_one_token, generation.Batch.add
+    monkeypatch.setattr(generation.Batch, "decode_one_token", watched_step)
+    monkeypatch.setattr(generation.Batch, "add", watched_add)
     make = generation.KVCache
     monkeypatch.setattr(generation, "KVCache", lambda *x: (caches.append(x[1:]), make(*x))[1])
     outputs = llama.outputs(prompts, 12, 0, **options)

@@ -64,6 +64,7 @@ def test_products_and_gradients_are_those_of_the_rounded_numbers(monkeypatch, bi
     for n_out in (96, 7):  # tiles of 32 rows, and of one
         weight = QuantizedWeight(pack(matrix(n_out), bits, group), bits, 128)
         wide = weight[slice(0, n_out)]
+        assert torch.equal(layers.widened(weight, slice(0, n_out), wide.dtype), wide)
         for shape in ((1, 128), (3, 128), (2, 4, 128), (1, 20, 128)):
             x = torch.randn(shape) * 1000  # as some of a model's are
             with torch.inference_mode():
