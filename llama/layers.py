@@ -174,10 +174,9 @@ def computes(dtype: torch.dtype) -> bool:
 
 def widened(weight: Weight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """Some rows of a weight, by tiles where it is quantised, in another dtype."""
-    if isinstance(weight, QuantizedWeight) and weight.numbers.device.type == "cpu":
-        if ours := kernels():
-            return ours.unpack(weight, rows).to(dtype)
-    return weight[rows].to(dtype)
+    packed = isinstance(weight, QuantizedWeight) and weight.numbers.device.type == "cpu"
+    ours = kernels() if packed else None
+    return (ours.unpack(weight, rows) if ours else weight[rows]).to(dtype)
 
 
 class Widened(torch.autograd.Function):

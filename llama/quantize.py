@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 GROUPS = {8: (64, 32), 4: (32,)}  # inputs of a group, by bits: the most first
+KEPT_GROUP = 32  # inputs of a group of those types of GGUF that are kept as they are
 ZERO_STEPS = 8  # a step of four bits is so many of the zero's
 TILES = (64, 32, 16, 8, 4, 2, 1)  # rows that lie together: the most that divide them
 

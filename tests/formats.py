@@ -77,7 +77,7 @@ def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **cha
             writer.add_key_value(key, value, kind_of_value)
     for name, weight in weights.items():
         if weight is not None and weight.ndim > 1:
-            writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+            writer.add_tensor(name, quantised(weight, kind), raw_dtype=kind)
         elif weight is not None:
             writer.add_tensor(name, weight.astype(np.float32))
     writer.write_header_to_file()
@@ -85,6 +85,18 @@ def write_gguf(path: Path, kind=Kind.F32, tied=False, meta=(), tensors=(), **cha
     writer.write_tensors_to_file()
     writer.close()
     return source
+
+
+def quantised(weight: np.ndarray, kind: Kind) -> np.ndarray:
+    """A matrix as blocks of a type; of Q4_K, which the library cannot write, any that are valid."""
+    if kind != Kind.Q4_K:
+        return gguf.quants.quantize(weight, kind)
+    blocks = np.random.default_rng(0).integers(0, 256, (len(weight), weight.shape[1] // 256, 144))
+    blocks = blocks.astype(np.uint8)
+    factors = np.array([2.0**-8, 2.0**-6], np.float16)  # of scales and of what is subtracted
+    blocks[..., :4] = factors.view(np.uint8)
+    blocks[..., 4:8] |= 0xA0  # scales of 32 at least: what is subtracted is less than 8 steps
+    return blocks.reshape(len(weight), -1)
 
 
 def byte_level_vocabulary(n: int) -> dict:

@@ -24,7 +24,15 @@ GROUND = [
 ]
 CHECKPOINT = ["params", "weights", "manifest", "folder", "laid_out", "quantized"]
 CHECKPOINT += ["write", "hf"]
-CHECKPOINT += ["gguf_tokenizer", "tokenizer_words", "vocabulary", "gguf", "formats", "modelfile"]
+CHECKPOINT += [
+    "gguf_tokenizer",
+    "tokenizer_words",
+    "vocabulary",
+    "gguf_blocks",
+    "gguf",
+    "formats",
+    "modelfile",
+]
 CHECKPOINT += ["baked", "convert", "embeds"]
 GENERATION = ["memory", "sampling", "output", "batch", "generation", "prompts", "chat", "terminal"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]

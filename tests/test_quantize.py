@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -15,11 +16,16 @@ from conftest import (
     run_script,
     shard_of,
 )
+from formats import write_gguf
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
 from programs import generated_tokens
 
 from llama import layers, parallel
 from llama.checkpoint.convert import check_floats
 from llama.checkpoint.folder import Checkpoint, compare
+from llama.checkpoint.gguf import GGUFFile
+from llama.checkpoint.gguf_blocks import keep
 from llama.checkpoint.quantized import QuantizedSource, quantized
 from llama.checkpoint.weights import OUTPUT
 from llama.checkpoint.write import write_checkpoint
@@ -114,7 +120,8 @@ def test_a_quantised_folder_cut_anew_is_the_model_quantised_so(source, tmp_path,
     ckpt = Checkpoint(tmp_path / "two")
     assert ckpt.quantize == quantize
     assert ckpt.verify() == Checkpoint(tmp_path / "one").verify()
-    device, ids = parallel.setup(), torch.randint(512, (2, 12))
+    ids = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
+    device = parallel.setup()
     loaded = load_model(Checkpoint(tmp_path / "two"), device)(ids)
     assert torch.equal(loaded, load_model(QuantizedSource(source, quantize), device)(ids))
     exact = load_model(source, device)(ids)
@@ -179,3 +186,43 @@ def test_split_model_writes_and_verifies_a_quantised_folder(source, tmp_path):
     folder = tmp_path / "7B_fs2_int4"
     assert json.loads((folder / "params.json").read_text())["quantize"] == "int4"
     assert "the same model, whole, cut in 1 and 2" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
+def test_what_gguf_has_quantised_is_kept(tmp_path, kind):
+    write_gguf(tmp_path / "m.gguf", Kind[kind], dim=256, multiple_of=256, n_kv_heads=4)
+    source = GGUFFile(tmp_path / "m.gguf")
+    kept = QuantizedSource(source, "int8" if kind == "Q8_0" else "int4")
+    for name in ("layers.0.attention.wq.weight", "layers.1.feed_forward.w2.weight"):
+        bits, n_in = kept.bits_of(name), source.shapes[name][1]
+        packed, expected = kept.read(name), source.read(name)
+        rounded = QuantizedWeight(packed, bits, n_in)[slice(0, len(packed))]
+        if kind in ("Q8_0", "Q4_0"):
+            assert torch.equal(rounded, expected)
+        else:  # half an eighth of a step, and a float16's rounding of each step
+            step = packed.view(len(packed), -1, 19)[..., :2].contiguous().view(torch.float16)
+            error = (rounded - expected).unflatten(1, (-1, 32)).abs()
+            assert (error <= (1 / 16 + 15 * 2**-11) * step.float()).all()
+        left = QuantizedWeight(
+            kept.block(name, 3, 40, slice(0, packed.shape[1] // 4)), bits, n_in // 4
+        )
+        assert torch.equal(left[slice(0, 37)], rounded[3:40, : n_in // 4])
+
+
+def test_blocks_that_cannot_be_kept_are_quantised_anew():
+    block = np.zeros((6, 20), np.uint8)  # of Q4_1: scale, least number, four-bit numbers
+    scale, least = [0, 1, -1, 1, 1, 2**-14], [1, 1, 1, -20, -4.3, -1]
+    block[:, :4] = np.array([scale, least], np.float16).T.copy().view(np.uint8).reshape(6, 4)
+    block[:, 4:] = np.arange(16) * 17
+    expected = torch.from_numpy(dequantize(block, Kind.Q4_1))
+    rounded = QuantizedWeight(keep(block, Kind.Q4_1).flatten(1), 4, 32)[slice(0, 6)]
+    spread = expected.amax(1).clamp(min=0) - expected.amin(1).clamp(max=0)
+    assert ((rounded - expected).abs().amax(1) <= 0.04 * spread).all()
+    block[0, 0:2] = 255  # NaN
+    with pytest.raises(ValueError, match="infinite, NaN"):
+        keep(block, Kind.Q4_1)
+    block = np.zeros((1, 34), np.uint8)
+    block[0, :2] = np.array([-1], np.float16).view(np.uint8)  # of Q8_0, a negative scale
+    block[0, 2:] = np.arange(32)
+    rounded = QuantizedWeight(keep(block, Kind.Q8_0).flatten(1), 8, 32)[slice(0, 1)]
+    torch.testing.assert_close(rounded[0], -torch.arange(32.0), atol=0.13, rtol=0)

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 
+from llama.checkpoint.gguf_blocks import HALF_TYPES, KEPT, blocks_of, keep, size_as
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.laid_out import (
     LaidOutFile,
     check_space,
     checked_blocks,
-    in_dtype,
     write_weights,
 )
 from llama.checkpoint.params import check_values, read_rope, read_sizes, rope_of, sizes_of
@@ -40,6 +40,7 @@ from llama.checkpoint.weights import (
 )
 from llama.files import naming, naming_refusals
 from llama.model import ModelArgs, rope_frequencies
+from llama.quantize import KEPT_GROUP
 
 # GGUF's types of a value; those of numbers with struct's letter for them.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -63,7 +64,6 @@ LLAMA3_ROPE = {
     "low_freq_factor": "llama.rope.scaling.low_freq_factor",
     "high_freq_factor": "llama.rope.scaling.high_freq_factor",
 }
-HALF_TYPES = {WRITTEN[x][0]: getattr(torch, x) for x in ("float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -133,21 +133,34 @@ class GGUFFile(Source):
     def as_stored(self, name: str, block: torch.Tensor) -> torch.Tensor:
         """What reading gives for rows of a weight that were written here."""
         tensor = self._tensors[name]
-        packed = _packed(block, tensor.kind, name)
+        packed = blocks_of(block, tensor.kind, name)
         return torch.tensor(dequantize(packed, tensor.kind)).to(tensor.dtype).view(block.shape)
+
+    def kept_bits(self, name: str) -> int:
+        """The bits of a weight's numbers that kept() gives; 0 where it cannot."""
+        return KEPT.get(self._tensors[name].kind, 0)
+
+    def kept(self, name: str, start: int, stop: int, columns: slice) -> torch.Tensor:
+        """Some columns of rows start to stop of a matrix, its bits as they are: see keep()."""
+        raw, inside = self._blocks(self._tensors[name], slice(start, stop), columns)
+        kept = keep(raw, self._tensors[name].kind)  # (rows, groups, bytes)
+        return kept[:, inside.start // KEPT_GROUP : inside.stop // KEPT_GROUP].flatten(1)
 
     def _rows(
         self, tensor: Tensor, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
         """Some of a tensor's numbers; only the blocks that hold them are read and dequantised."""
-        height = math.prod(tensor.shape[:-1])
+        raw, inside = self._blocks(tensor, rows, columns)
+        return torch.tensor(dequantize(raw, tensor.kind)[:, inside]).to(tensor.dtype)
+
+    def _blocks(self, tensor: Tensor, rows: slice, columns: slice) -> tuple[np.ndarray, slice]:
+        """The blocks that hold some of a tensor's numbers, and where the columns are in them."""
         per_block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
         start, stop, _ = columns.indices(tensor.shape[-1])
         first, last = start // per_block, -(-stop // per_block)
-        raw = self._data[tensor.start : tensor.stop].reshape(height, -1)
+        raw = self._data[tensor.start : tensor.stop].reshape(math.prod(tensor.shape[:-1]), -1)
         raw = raw[rows, first * block_bytes : last * block_bytes]
-        start, stop = start - first * per_block, stop - first * per_block
-        return torch.tensor(dequantize(raw, tensor.kind)[:, start:stop]).to(tensor.dtype)
+        return raw, slice(start - first * per_block, stop - first * per_block)
 
 
 class _Cursor:
@@ -311,7 +324,7 @@ def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict) -> None
     }
     if dtype == "q8_0" and "llama.soft_prompt.prefix" in vocabulary:
         kinds[EMBEDDING] = GGMLQuantizationType.F16
-    size = {name: _size_as(name, source.shapes[name], kinds[name]) for name in names}
+    size = {name: size_as(name, source.shapes[name], kinds[name]) for name in names}
     check_space(path.parent, sum(size.values()))
     factors = _rope_factors(source.args)
 
@@ -340,7 +353,7 @@ def write_gguf(source: Source, path: Path, dtype: str, vocabulary: dict) -> None
     def write(name: str) -> None:
         done = 0
         for block in checked_blocks(source, name):
-            data = _packed(block, kinds[name], name).data.cast("B")
+            data = blocks_of(block, kinds[name], name).data.cast("B")
             file.write(name, done, data)
             done += len(data)
 
@@ -378,22 +391,3 @@ def _add_field(writer: GGUFWriter, key: str, value: object) -> None:
     writer.add_key_value(
         key, value, GGUFValueType.UINT32 if whole else GGUFValueType.get_type(value)
     )
-
-
-def _size_as(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    """Bytes of a weight as a type; ValueError where its rows do not divide into blocks."""
-    per_block, block_bytes = GGML_QUANT_SIZES[kind]
-    if shape[-1] % per_block:
-        raise ValueError(
-            f"{name} has rows of {shape[-1]} numbers, which {kind.name} cannot hold: they must be "
-            f"a multiple of {per_block}; take another --dtype"
-        )
-    return math.prod(shape) // per_block * block_bytes
-
-
-def _packed(block: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    """The bytes of some rows of a weight as a type."""
-    if kind == GGMLQuantizationType.Q8_0:
-        return quantize(block.float().numpy(), kind)
-    dtype = HALF_TYPES.get(kind, torch.float32)
-    return in_dtype(block, dtype, name).contiguous().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Any checkpoint, its matrices quantised as they are read."""
+"""Any checkpoint, its matrices quantised as they are read, or kept as a file has quantised them."""
 
 import shlex
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from llama.checkpoint.weights import (
 from llama.files import naming
 from llama.model import ModelArgs
 from llama.options import check_quantize
-from llama.quantize import GROUPS, group_bytes, pack
+from llama.quantize import GROUPS, KEPT_GROUP, group_bytes, pack
 
 MOST_CARDS = 8  # of a machine: groups are as long as cuts for so many leave them
 
@@ -52,7 +52,8 @@ class QuantizedSource(Source):
         with naming(source.path):
             for name, shape in source.shapes.items():
                 if bits := bits_of(name, quantize):
-                    group = group_for(name, source.args, bits)
+                    kept = source.kept_bits(name) == bits
+                    group = KEPT_GROUP if kept else group_for(name, source.args, bits)
                     self.groups[name] = group
                     self.shapes[name] = (shape[0], shape[1] // group * group_bytes(bits, group))
 
@@ -75,6 +76,8 @@ class QuantizedSource(Source):
         first, last, _ = columns.indices(self.shapes[name][1])
         n_bytes = group_bytes(bits, group)
         inputs = slice(first // n_bytes * group, last // n_bytes * group)
+        if self.source.kept_bits(name) == bits:
+            return self.source.kept(name, start, stop, inputs)
         return pack(self.source.block(name, start, stop, inputs), bits, group)
 
     def blocks(self, name: str, multiple: int = 1) -> Iterator[tuple[int, torch.Tensor]]:

@@ -19,8 +19,7 @@ from llama.model import ModelArgs
 from llama.options import check_dtype
 from llama.quantize import group_of
 
-BLOCK_ROWS = 128  # a few MB at the most, on each of several threads
-BLOCK_NUMBERS = 1 << 20  # on one thread
+BLOCK_ROWS, BLOCK_NUMBERS = 128, 1 << 20  # a few MB, on each of several threads; on one thread
 
 
 @dataclass(frozen=True)
@@ -328,6 +327,14 @@ class Source:
         """Some columns of rows start to stop of a matrix."""
         return self.read(name, 0, start, stop)[:, columns]
 
+    def kept_bits(self, name: str) -> int:
+        """The bits of a weight's numbers that kept() gives, as pack() would; 0: of none."""
+        return 0
+
+    def kept(self, name: str, start: int, stop: int, columns: slice) -> torch.Tensor:
+        """Some columns of rows start to stop of a matrix, as the file has them quantised."""
+        raise NotImplementedError
+
     def stays_mapped(self, name: str, n: int, dtype: torch.dtype) -> bool:
         """Whether part() gives each of n ranks a view of a mapped file. By default a copy."""
         return False
@@ -351,11 +358,11 @@ class Source:
         """How large quantised weights become in a dtype; "" where they are not quantised."""
         if not self.quantised_bytes:
             return ""
-        n_numbers = sum(math.prod(self.shapes[name]) for name in names)
-        size, half = n_numbers * (dtype or self.dtype).itemsize, "; --dtype bfloat16 takes half"
+        n_numbers, wide = sum(math.prod(self.shapes[name]) for name in names), dtype or self.dtype
+        less = "" if dtype else "; --dtype bfloat16 takes half, --quantize int8 or int4 less"
         return (
-            f"{self.quantised_bytes / 1e6:,.0f} MB of quantised weights become {size / 1e6:,.0f} "
-            f"MB of {str(dtype or self.dtype).removeprefix('torch.')}{'' if dtype else half}"
+            f"{self.quantised_bytes / 1e6:,.0f} MB of quantised weights become "
+            f"{n_numbers * wide.itemsize / 1e6:,.0f} MB of {str(wide).removeprefix('torch.')}{less}"
         )
 
     @functools.cached_property
