@@ -74,10 +74,22 @@ class Plan:
 
     def _parts(self, name: str = "") -> Iterator[tuple[str, int]]:
         """Each weight whose name begins so, with the size of a rank's part of it."""
-        for found, shape in weight_shapes(self.ckpt.args).items():
+        ckpt = self.ckpt
+        as_it_is = self.quantize == ckpt.quantize
+        shapes = ckpt.shapes if as_it_is else weight_shapes(ckpt.args)  # of quantised ones bytes
+        for found, shape in shapes.items():
             if found.startswith(name):
-                part = cut_of(found, self.ckpt.args, self.n).shape(shape)
-                yield found, weight_bytes(found, part, self.dtype, self.quantize)
+                part = cut_of(found, ckpt.args, self.n).shape(shape)
+                size = math.prod(part) * ckpt.dtype_of(found, self.dtype).itemsize
+                if not as_it_is:
+                    size = weight_bytes(found, part, self.dtype, self.quantize)
+                yield found, size
+
+    @property
+    def numbers(self) -> str:
+        """What numbers the weights are of, for people."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.quantize} and {dtype}" if self.quantize else dtype
 
     @property
     def mapped(self) -> int:
@@ -135,7 +147,8 @@ class Plan:
         kv = args.n_local_kv_heads(self.n) * args.head_dim
         on_cpu = self.device.type == "cpu"
         # Products by way of float32, a few rows of the matrix at a time: see layers.linear().
-        by_float = self.quantize is not None or (on_cpu and not computes(self.dtype))
+        widened = on_cpu and not computes(self.dtype)  # attention too
+        by_float = self.quantize is not None or widened
         block = 4 * WIDENED_ROWS * (tokens + f) if by_float else 0
         if not self.tuning:
             # Embeddings, the layer's input, the same after attention, normed; gate, up, silu, and
@@ -153,7 +166,8 @@ class Plan:
         normed = 4 if on_cpu else b
         # What autograd keeps of a layer: inputs of both norms; turned queries and keys, values,
         # attention's output and its float32 log-sums; gate, up, silu. Or the layer's input alone.
-        kept = 2 * d * normed + 2 * (q + kv) * b + 4 * q // args.head_dim + 3 * f * b
+        attended = 2 * (q + kv) * (4 if widened else b) + 4 * q // args.head_dim
+        kept = 2 * d * normed + attended + 3 * f * b
         recomputed = args.n_layers if self.gradient_checkpointing else self.offload
         layers = recomputed * d * b + (args.n_layers - recomputed) * kept
         embeddings = d * b if normed != b and not recomputed else 0
@@ -252,7 +266,7 @@ def _shortage(plan: Plan, free: Free, work: str) -> str:
     ways = " or ".join(ways_to_fit(plan, free.holds))
     fitting = f"what fits: {ways}" if ways else "nothing makes it fit: take a smaller model"
     return (
-        f"{work} in {_named(plan.dtype)} need {_mb(plan.total)} MB on each of "
+        f"{work} in {plan.numbers} need {_mb(plan.total)} MB on each of "
         f"{counted(plan.n, 'rank')} (weights {_mb(plan.weights)}, cache {_mb(plan.cache)}, "
         f"activations {_mb(plan.activations)}), and {_mb(free.device)} are free{pinned}; {fitting}"
     )
@@ -306,7 +320,7 @@ def _others(plan: Plan, fits: Callable[[Plan], bool]) -> Iterator[str]:
         yield "--gradient_checkpointing"
     if plan.quantize is None:
         dtypes = [x for x in (plan.ckpt.dtype, torch.bfloat16) if x.itemsize < plan.dtype.itemsize]
-        named = [("--dtype " + _named(x), {"dtype": x}) for x in dtypes]
+        named = [(f"--dtype {plan.but(dtype=x).numbers}", {"dtype": x}) for x in dtypes]
         for kind in (named, [(f"--quantize {x}", {"quantize": x}) for x in QUANTIZATIONS]):
             yield from [flag for flag, change in kind if fits(plan.but(**change))][:1]
     if plan.device.type != "cpu":
@@ -348,9 +362,9 @@ def table(
         weights += size
         shapes = (" x ".join(map(str, shape)) for shape in (whole, before, after))
         lines.append(row(kind, len(names), *shapes, f"{size:,}"))
-    of = f"{counted(n, 'shard')} of {weights:,} bytes, {n * weights:,} in all, in {_named(dtype)}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Plan(ckpt, n, dtype, max_batch_size, max_seq_len, device, ckpt.quantize)
+    of = f"{counted(n, 'shard')} of {weights:,} bytes, {n * weights:,} in all, in {run.numbers}"
     tuning = run.but(tuning=True, num_virtual_tokens=min(num_virtual_tokens, max_seq_len))
     plans = [run, tuning, tuning.but(gradient_checkpointing=True)]
     row = "{:30}  {:>14}  {:>14}  {:>24}".format
@@ -381,7 +395,3 @@ def table(
 def _mb(n_bytes: float) -> str:
     """A size in megabytes, for people."""
     return f"{n_bytes / 1e6:,.0f}"
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,11 +6,15 @@ import re
 import pytest
 import torch
 from conftest import make_ckpt, make_params
+from formats import write_gguf
+from gguf import GGMLQuantizationType as Kind
 from random_model import random_source
 
 import split_model
 from llama import LLaMA, memory, parallel
 from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.gguf import GGUFFile
+from llama.checkpoint.quantized import quantized
 from llama.generation import load_model
 from llama.memory import Free, Plan, check_generation, check_tuning, ways_to_fit, weight_bytes
 from llama.model import KVCache
@@ -43,6 +47,17 @@ def test_weights_of_every_rank_are_counted_apart_from_mapped_files(tmp_path, sha
             own = [x.nbytes for x in parts.values() if x.untyped_storage().data_ptr() not in files]
             assert plan.weights == sum(own)
             assert plan.weights + plan.mapped == sum(x.nbytes for x in parts.values())
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])  # groups of 64, and those of the file
+def test_quantised_weights_are_counted_as_they_lie(tmp_path, kind):
+    write_gguf(tmp_path / "m.gguf", Kind[kind], dim=256, multiple_of=256, n_kv_heads=4)
+    source = quantized(GGUFFile(tmp_path / "m.gguf"), "int8")
+    for n in (1, 2):
+        plan = plan_of(source, n, quantize="int8")
+        parts = [source.part(name, 0, n, torch.float32) for name in source.shapes]
+        assert plan.weights + plan.mapped == sum(part.nbytes for part in parts)
+    assert plan.numbers == "int8 and float32"
 
 
 def test_cache_and_quantised_weights_are_counted(tmp_path):

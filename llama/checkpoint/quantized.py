@@ -101,10 +101,12 @@ class QuantizedSource(Source):
 
     def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:
         """What is done while loading, and the command that saves it next time."""
+        command = ["python", "split_model.py", "--ckpt_dir", str(self.path), "--n", str(n)]
+        command += ["--quantize", str(self.quantize)]
+        command += ["--dtype", str(dtype).removeprefix("torch.")] if dtype else []
         return (
-            f"quantised to {self.quantize} while loading; to save that work next time: python "
-            f"split_model.py --ckpt_dir {shlex.quote(str(self.path))} --n {n} "
-            f"--quantize {self.quantize}"
+            f"quantised to {self.quantize} while loading; to save that work next time: "
+            f"{shlex.join(command)}"
         )
 
 
