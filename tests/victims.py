@@ -42,6 +42,7 @@ from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.formats import open_any
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.modelfile import modelfile
+from llama.checkpoint.quantized import quantized
 from llama.checkpoint.vocabulary import vocabulary_of
 from llama.checkpoint.weights import Source
 from llama.checkpoint.write import write_checkpoint
@@ -77,6 +78,12 @@ def make_whole(folder: Path) -> None:
 
 def make_plain(folder: Path) -> None:
     make_whole(folder)
+    (folder / "manifest.json").unlink()
+
+
+def make_quantised(folder: Path) -> None:
+    source = random_source(make_params(**PARAMS | {"dim": 64, "multiple_of": 32}))
+    write_checkpoint(quantized(source, "int4"), folder, 2)
     (folder / "manifest.json").unlink()
 
 
@@ -362,6 +369,8 @@ KINDS = {
     "shard": Kind(make_plain, "*.pth", (flip, flip_front), read_folder, tries=100),
     "directory": Kind(make_plain, "*.pth", (poke_zip, rezip), read_folder, tries=100),
     "pickle": Kind(make_plain, "*.pth", (hostile,), read_folder, tries=100),
+    "quantised": Kind(make_quantised, "*.pth", (flip, flip_front, poke_zip), read_folder),
+    "quantised params": Kind(make_quantised, "params.json", JSON, read_folder),
     "verified": Kind(make_whole, "*", BYTES, read_verified, voucher=MANIFEST),
     "checklist": Kind(make_listed, "*", BYTES, read_verified, voucher=CHECKLIST, tries=100),
     "gguf": Kind(make_gguf, "*", METADATA, read_foreign),
