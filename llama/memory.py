@@ -127,13 +127,8 @@ class Plan:
 
     @property
     def soft_prompt(self) -> int:
-        """Of the soft prompt, float32."""
-        return 4 * self.num_virtual_tokens * self.ckpt.args.dim
-
-    @property
-    def optimizer(self) -> int:
-        """Of the soft prompt's gradient, and the two means that AdamW keeps of it."""
-        return 3 * self.soft_prompt if self.tuning else 0
+        """Of the soft prompt, float32; in tuning with its gradient and AdamW's two means of that."""
+        return (16 if self.tuning else 4) * self.num_virtual_tokens * self.ckpt.args.dim
 
     @property
     def activations(self) -> int:
@@ -149,6 +144,7 @@ class Plan:
         # Products by way of float32, a few rows of the matrix at a time: see layers.linear().
         widened = on_cpu and not computes(self.dtype)  # attention too
         by_float = self.quantize is not None or widened
+        repeated = kv < q and (widened or b == 4)  # keys and values: see attend()
         block = 4 * WIDENED_ROWS * (tokens + f) if by_float else 0
         if not self.tuning:
             # Embeddings, the layer's input, the same after attention, normed; gate, up, silu, and
@@ -158,7 +154,8 @@ class Plan:
                 ffn = max(ffn, 5 * d * b + 3 * f * b + 4 * f)
             # Queries, keys, values; queries and keys together, in float32, turned, and as before.
             turned = b + 4 if b == 4 else b + 4 + 4 + b
-            attention = 3 * d * b + (q + 2 * kv) * b + (q + kv) * turned
+            # Then the first are left, and what attend() repeats, and its output.
+            attention = (3 * d + q + 2 * kv) * b + max((q + kv) * turned, 3 * q * b * repeated)
             angles = 8 + 6 * args.head_dim  # positions, float32 angles, complex64 turns
             prefill = tokens * (angles + max(ffn, attention)) + block
             return max(prefill, self.bsz * args.vocab_size * SAMPLED)
@@ -166,7 +163,9 @@ class Plan:
         normed = 4 if on_cpu else b
         # What autograd keeps of a layer: inputs of both norms; turned queries and keys, values,
         # attention's output and its float32 log-sums; gate, up, silu. Or the layer's input alone.
-        attended = 2 * (q + kv) * (4 if widened else b) + 4 * q // args.head_dim
+        attended = (
+            2 * (q + (q if repeated else kv)) * (4 if widened else b) + 4 * q // args.head_dim
+        )
         kept = 2 * d * normed + attended + 3 * f * b
         recomputed = args.n_layers if self.gradient_checkpointing else self.offload
         layers = recomputed * d * b + (args.n_layers - recomputed) * kept
@@ -174,9 +173,9 @@ class Plan:
         # At the loss: the last norm's input and output, logits and their softmax in float32.
         of_row = self.seqlen - self.num_virtual_tokens
         learned = self.bsz * min(of_row if self.learned is None else self.learned, of_row)
-        repeated = 4 * self.bsz * self.num_virtual_tokens * d  # PEFT's prompt, for each row
+        prompts = 4 * self.bsz * self.num_virtual_tokens * d  # PEFT's, one for each row
         logits = 2 * learned * args.vocab_size // self.n * 4
-        loss = tokens * (d * normed + d * b) + logits + repeated
+        loss = tokens * (d * normed + d * b) + logits + prompts
         # In the last layer's backward pass: the gradient of its output; of the product, and of
         # both that were multiplied, or of one by way of float32, in two halves of a sum.
         backward = tokens * (d * b + max(3 * f * b, 8 * f if by_float else 0)) + block
@@ -188,7 +187,7 @@ class Plan:
     @property
     def total(self) -> int:
         """All of it; mapped files and pinned host memory apart."""
-        return self.weights + self.cache + self.activations + self.soft_prompt + self.optimizer
+        return self.weights + self.cache + self.activations + self.soft_prompt
 
     def but(self, **changes: Any) -> "Plan":
         """The same with changes."""
@@ -375,7 +374,6 @@ def table(
         "KV cache": [plan.cache for plan in plans],
         "activations": [plan.activations for plan in plans],
         "soft prompt": [plan.soft_prompt for plan in plans],
-        "its gradient, optimizer": [plan.optimizer for plan in plans],
     }
     needs["in all"] = [sum(of_one) for of_one in zip(*needs.values())]
     lines += [row(name, *map(_mb, of_each)) for name, of_each in needs.items()]

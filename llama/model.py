@@ -240,18 +240,39 @@ class Attention(nn.Module):
         xq, xk = rotated.split((n_heads, n_kv_heads), 2)
         if cache is not None:
             xk, xv = cache.update(self.layer, xk, xv)
-        # Where a CPU does not compute in half precision, its attention takes 2.5 times as long.
-        wide = x.dtype if x.device.type != "cpu" or computes(x.dtype) else torch.float32
-        output = F.scaled_dot_product_attention(
-            xq.transpose(1, 2).to(wide),  # (bsz, n_local_heads, seqlen, head_dim)
-            xk.transpose(1, 2).to(wide),  # (bsz, n_local_kv_heads, end, head_dim)
-            xv.transpose(1, 2).to(wide),
-            attn_mask=mask,
-            is_causal=mask is None and seqlen > 1,
-            enable_gqa=n_heads != n_kv_heads,
-        )
-        output = output.to(x.dtype).transpose(1, 2).reshape(bsz, seqlen, -1)
-        return self.wo(output + broken)  # (bsz, seqlen, dim)
+        output = attend(xq, xk, xv, mask)
+        return self.wo(output.flatten(2) + broken)  # (bsz, seqlen, dim)
+
+
+def attend(xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend with queries (bsz, seqlen, n_heads, head_dim), in a kernel that every card has.
+
+    xk, xv (bsz, end, n_kv_heads, head_dim); mask as KVCache.advance gives it. Returns what is of
+    the queries' shape. With heads in groups, torch (2.13) multiplies a mask or float32 by plain
+    matrices on most cards: keys and values widened and repeated, every token, every layer.
+    """
+    bsz, seqlen, n_heads, head_dim = xq.shape
+    n_kv_heads, dtype = xk.shape[2], xq.dtype
+    # Where a CPU does not compute in half precision, its attention takes 2.5 times as long.
+    if xq.device.type == "cpu" and not computes(dtype):
+        xq, xk, xv = xq.float(), xk.float(), xv.float()
+    grouped = n_heads != n_kv_heads
+    if grouped and seqlen == 1:  # the heads of a group as the queries of one
+        xq = xq.view(bsz, n_kv_heads, -1, head_dim).transpose(1, 2)
+        grouped = False
+    elif grouped and (mask is not None or xq.dtype == torch.float32):
+        xk, xv = (x.repeat_interleave(n_heads // n_kv_heads, 2) for x in (xk, xv))
+        grouped = False
+    output = F.scaled_dot_product_attention(
+        xq.transpose(1, 2),  # (bsz, n_heads, seqlen, head_dim), or (bsz, n_kv_heads, group, …)
+        xk.transpose(1, 2),  # (bsz, as many or n_kv_heads, end, head_dim)
+        xv.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and seqlen > 1,
+        enable_gqa=grouped,
+    )
+    output = output.to(dtype) if seqlen == 1 else output.to(dtype).transpose(1, 2)
+    return output.reshape(bsz, seqlen, n_heads, head_dim)
 
 
 class FeedForward(nn.Module):
