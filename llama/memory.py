@@ -127,7 +127,7 @@ class Plan:
 
     @property
     def soft_prompt(self) -> int:
-        """Of the soft prompt, float32; in tuning with its gradient and AdamW's two means of that."""
+        """Of the soft prompt, float32; in tuning with its gradient and AdamW's two means."""
         return (16 if self.tuning else 4) * self.num_virtual_tokens * self.ckpt.args.dim
 
     @property

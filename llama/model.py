@@ -21,6 +21,8 @@ from llama.layers import (
     computes,
 )
 
+MASK_ALIGNMENT = 16  # numbers to which the rows of a mask are aligned on cards
+
 
 @dataclass
 class ModelArgs:
@@ -180,8 +182,8 @@ class KVCache:
                 return positions, None
         else:
             self.place = (self.rows, positions)
-        mask = torch.arange(self.end, device=starts.device) <= positions[:, None, :, None]
-        return positions, mask
+        seen = torch.arange(self.end, device=starts.device) <= positions[:, None, :, None]
+        return positions, added_to_scores(seen, self.layers[0].dtype)
 
     def update(self, layer: int, xk: Tensor, xv: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values (bsz, seqlen, n_local_kv_heads, head_dim).
@@ -194,7 +196,18 @@ class KVCache:
         return keys[:, : self.end], values[:, : self.end]
 
 
-def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+def added_to_scores(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of the same shape: 0 where a query may look, else minus infinity.
+
+    Made once a pass, in rows that cards can take as they are: else each layer makes its own.
+    """
+    end = seen.shape[-1]
+    shape = (*seen.shape[:-1], -(-end // MASK_ALIGNMENT) * MASK_ALIGNMENT)
+    mask = torch.zeros(shape, dtype=dtype, device=seen.device)[..., :end]
+    return mask.masked_fill_(~seen, -torch.inf)
+
+
+def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Where a query may look in whole sequences, (bsz, 1, seqlen, seqlen); None for causal alone.
 
     attention_mask (bsz, seqlen) is 0 on padding.
@@ -206,7 +219,8 @@ def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     causal = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device).tril()
     mask = causal & attention_mask.bool()[:, None, None, :]
     # A padded position looks at itself: a softmax over nothing would be NaN.
-    return mask | torch.eye(seqlen, dtype=torch.bool, device=device)
+    seen = mask | torch.eye(seqlen, dtype=torch.bool, device=device)
+    return added_to_scores(seen, dtype)
 
 
 class Attention(nn.Module):
@@ -267,7 +281,7 @@ def attend(xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
         xq.transpose(1, 2),  # (bsz, n_heads, seqlen, head_dim), or (bsz, n_kv_heads, group, …)
         xk.transpose(1, 2),  # (bsz, as many or n_kv_heads, end, head_dim)
         xv.transpose(1, 2),
-        attn_mask=mask,
+        attn_mask=None if mask is None else mask.to(xq.dtype),
         is_causal=mask is None and seqlen > 1,
         enable_gqa=grouped,
     )
@@ -357,7 +371,7 @@ class Transformer(nn.Module):
         seqlen = h.shape[1]
         if cache is None:
             positions = torch.arange(seqlen, device=h.device)[None]  # (1, seqlen)
-            mask = padding_mask(attention_mask)
+            mask = padding_mask(attention_mask, h.dtype)
         else:
             positions, mask = cache.advance(start_pos or [0] * len(h), seqlen)  # (bsz, seqlen)
         freqs_cis = self.rotations(positions)[..., None, :]  # (…, seqlen, 1, head_dim / 2)
