@@ -27,9 +27,11 @@ def main(flags: TuningOptions) -> None:
 
 def tune(flags: TuningOptions, out: Path) -> None:
     """Load model and rows, train, save."""
+    from llama import parallel
+
+    device = parallel.setup()  # before libraries that ask for cards
     import transformers
 
-    from llama import parallel
     from llama.checkpoint.formats import open_pair
     from llama.checkpoint.weights import parse_dtype
     from llama.generation import load_model
@@ -43,7 +45,6 @@ def tune(flags: TuningOptions, out: Path) -> None:
         checkpoint = newest_checkpoint(out)
     else:
         check_unused(out)
-    device = parallel.setup()
     ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
     rows = tokenize_dataset(
         flags.dataset_path,
@@ -52,6 +53,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
         flags.num_virtual_tokens,
         train_on_inputs=flags.train_on_inputs,
     )
+    parallel.meet("to tokenise the dataset")
     train_rows, eval_rows = split_dataset(rows, flags.val_set_size, flags.seed)
 
     dtype = parse_dtype(flags.dtype)

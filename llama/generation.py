@@ -348,4 +348,5 @@ def load_model(
     del weights  # or those that become pinned would be in host memory twice
     if away:
         Offload([model.layers[i] for i in away], device).say_cost()
+    parallel.meet("to load its part of the model")
     return model.to(device).eval()

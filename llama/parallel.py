@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import socket
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,16 +23,23 @@ _TORCHRUN = (
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
 
+# How long ranks wait for each other where a collective or the start of a run joins them. nccl's own
+# ten minutes are met by a large model on a slow disk. A rank that ends is noticed at once anyway.
+TIMEOUT = timedelta(hours=float(os.environ.get("LLAMA_TIMEOUT_HOURS", 24)))
+PATIENCE = timedelta(minutes=1)  # after which a rank that waits says for what
+
 _device: torch.device | None = None
 _store: dist.Store | None = None
 _n_given = 0  # what from_rank_0() has given so far
+_n_met = 0  # how often ranks have met
 
 
 def setup() -> torch.device:
     """Join torchrun's process group, or make one of a single rank; return this rank's device.
 
     nccl and one card a rank where there are cards, else gloo on the CPU. A second call changes
-    nothing. Raises ValueError when a node has fewer cards than ranks.
+    nothing. Before anything that may ask for cards is imported, as transformers and PEFT are.
+    Raises ValueError when a node has fewer cards than ranks, or only some have any.
     """
     global _device, _store
     if _device is None:
@@ -39,15 +48,58 @@ def setup() -> torch.device:
             _store, rank, size = next(dist.rendezvous("env://"))
         else:
             _store, rank, size = dist.HashStore(), 0, 1
+        _check_alike(_store, rank, size)
         backend = "nccl" if _device.type == "cuda" else "gloo"
         # Given the card, nccl connects now, and fails now.
         card = _device if _device.type == "cuda" else None
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, device_id=card)
+        group = {"store": _store, "rank": rank, "world_size": size, "timeout": TIMEOUT}
+        dist.init_process_group(backend, device_id=card, **group)
         # gloo's threads must end before the interpreter does, or they abort it.
         atexit.register(leave)
-        mpu.print = lambda *_: None  # fairscale announces itself on stdout, where results belong
-        mpu.initialize_model_parallel(size)
+        # All ranks are one model's. fairscale's own set-up would connect the same ranks once more,
+        # and each rank with itself, and every nccl connection takes memory of a card.
+        mpu._MODEL_PARALLEL_GROUP = dist.group.WORLD
     return _device
+
+
+def _check_alike(store: dist.Store, rank: int, size: int) -> None:
+    """Raise ValueError where some ranks found cards and others none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
+    found = "a card" if _device.type == "cuda" else "no card"  # type: ignore[union-attr]
+    store.set(f"llama/found/{rank}", f"{found} ({socket.gethostname()}{why})")
+    all_found = []
+    for other in range(size):
+        _wait(store, f"llama/found/{other}", rank, other, "to start")
+        all_found.append(store.get(f"llama/found/{other}").decode())
+    if len({text.split(" (")[0] for text in all_found}) > 1:
+        each = "; ".join(f"rank {i}: {text}" for i, text in enumerate(all_found))
+        raise ValueError(
+            f"ranks on cards and on CPUs cannot work together. {each}. Give every machine as many "
+            "cards as ranks, or hide all cards with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def _wait(store: dist.Store, key: str, rank: int, other: int, what: str) -> None:
+    """Wait until another rank sets a key; after a minute one of those that wait says for what."""
+    try:
+        store.wait([key], PATIENCE)
+    except dist.DistStoreError:
+        if rank == (0 if other else 1):
+            here = socket.gethostname()
+            print(f"{here}: waiting for rank {other} {what}", file=sys.stderr, flush=True)
+        store.wait([key], TIMEOUT)
+
+
+def meet(what: str) -> None:
+    """Wait for every rank, which is to do something that may take long; after a minute, say so."""
+    global _n_met
+    if _store is None or world_size() == 1:
+        return
+    _n_met += 1
+    _store.set(f"llama/met/{_n_met}/{rank()}", "")
+    for other in range(world_size()):
+        _wait(_store, f"llama/met/{_n_met}/{other}", rank(), other, what)
 
 
 def _take_device() -> torch.device:
@@ -67,15 +119,22 @@ def _take_device() -> torch.device:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
     # The driver may have read the variable before: then all cards are still there. Only the
     # driver knows; torch.cuda.device_count() reads the variable anew.
-    index = 0 if torch._C._cuda_getDeviceCount() == 1 else local_rank
-    torch.cuda.set_device(index)
+    try:
+        index = 0 if torch._C._cuda_getDeviceCount() == 1 else local_rank
+        torch.cuda.set_device(index)
+    except RuntimeError as error:  # too old a driver, a card that another program has for itself
+        raise ValueError(
+            f"{socket.gethostname()}: torch cannot use card {local_rank} of {n_cards}: "
+            f"{str(error).splitlines()[0]}; nvidia-smi tells more. CUDA_VISIBLE_DEVICES= hides the "
+            "cards, to run on the CPU"
+        ) from error
     return torch.device("cuda", index)
 
 
 def leave() -> None:
     """Leave the process group, if there is one; done at the end of every program that joined it."""
     if dist.is_initialized():
-        mpu.destroy_model_parallel()
+        mpu._MODEL_PARALLEL_GROUP = None
         dist.destroy_process_group()
 
 
@@ -153,7 +212,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         except ValueError as error:
             given = {"error": str(error)}
         _store.set(key, json.dumps(given))
-    _store.wait([key], timedelta(days=365))
+    _store.wait([key], timedelta(days=365))  # of a user's thinking
     given = json.loads(_store.get(key))
     if "error" in given:
         raise ValueError(given["error"])
@@ -167,11 +226,11 @@ def now() -> float:
     return time.perf_counter()
 
 
-def device_peak() -> int:
-    """The peak of memory allocated on this rank's card, in bytes; 0 on a CPU."""
+def device_peaks() -> tuple[int, int]:
+    """The peaks of memory allocated and reserved on this rank's card, in bytes; 0 on a CPU."""
     if _device is None or _device.type != "cuda":
-        return 0
-    return torch.cuda.max_memory_allocated(_device)
+        return 0, 0
+    return torch.cuda.max_memory_allocated(_device), torch.cuda.max_memory_reserved(_device)
 
 
 def free_host_memory(root: str = "/") -> float:

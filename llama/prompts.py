@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,14 +228,21 @@ class TokenBar(threading.Thread):
 
 def report(timing: Timing, memory: MemoryWatch) -> None:
     """Say on stderr what a run took: seconds, tokens a second, and each rank's peak memory."""
-    peaks = parallel.gather_objects(parallel.device_peak() or memory.peak)
+    allocated, reserved = parallel.device_peaks()
+    ranks = parallel.gather_objects((allocated or memory.peak, reserved))
 
     def rate(tokens: int, seconds: float) -> str:
         return f"{tokens} tokens, {tokens / seconds:.1f} a second" if tokens else "nothing"
 
+    on_cards = f" (allocated; reserved {_each(x for _, x in ranks)})" if reserved else ""
     say(
         f"loaded in {timing.load_seconds:.1f} s; "
         f"read {rate(timing.prompt_tokens, timing.prompt_seconds)}; "
         f"wrote {rate(timing.generated_tokens, timing.generated_seconds)}; "
-        f"memory at most {', '.join(f'{peak / 1e6:.0f}' for peak in peaks)} MB by rank"
+        f"memory at most {_each(peak for peak, _ in ranks)} MB by rank{on_cards}"
     )
+
+
+def _each(sizes: Iterable[int]) -> str:
+    """Sizes in bytes, as MB."""
+    return ", ".join(f"{size / 1e6:.0f}" for size in sizes)

@@ -1,5 +1,6 @@
 """Ranks over several agents, what they tell each other, and how all end when one fails."""
 
+import re
 import resource
 import socket
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import programs
 import pytest
+import torch.distributed as dist
 from conftest import REPO, TOKENIZERS, command_of, flags_of, make_ckpt, run_program, run_script
+from fairscale.nn.model_parallel import initialize as mpu
 
-from llama import LLaMA
+from llama import LLaMA, parallel
 from llama.prompts import SEPARATOR, read_prompts
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
@@ -50,6 +53,7 @@ def test_two_agents_of_one_process_each_are_two_ranks(tmp_path):
         (programs.fail, {"rank": 0, "how": "killed"}, "Signal 9 (SIGKILL)"),  # in torchrun's words
         (programs.fail, {"rank": 1, "how": "killed"}, "Signal 9 (SIGKILL)"),
         (programs.pretend_one_card, {}, "error: this machine shows 1 card, but 2 ranks"),
+        (programs.pretend_cards_on_rank_0, {}, "error: ranks on cards and on CPUs cannot work tog"),
     ],
 )
 def test_when_ranks_fail_one_says_why_and_all_end(tmp_path, program, values, message):
@@ -60,6 +64,31 @@ def test_when_ranks_fail_one_says_why_and_all_end(tmp_path, program, values, mes
     assert result.stderr.count(message) == 1
     assert result.stderr.count("error: ") <= 1
     assert result.stdout == ""
+
+
+def test_a_driver_too_old_for_torch_is_one_line(tmp_path):
+    result = run_program(tmp_path, None, programs.pretend_old_driver)
+    assert result.returncode == 1
+    said = r"error: \S+: torch cannot use card 0 of 1: The NVIDIA driver on your .* is too old .*\n"
+    assert re.fullmatch(said, result.stderr)
+
+
+def test_a_rank_that_waits_says_for_whom(tmp_path):
+    result = run_program(tmp_path, 3, programs.come_late)
+    assert (result.returncode, result.stdout) == (0, '"met"\n')
+    assert result.stderr.count(": waiting for rank 1 to wake up") == 1
+    assert "waiting for rank 2" not in result.stderr
+
+
+def test_nothing_that_may_ask_for_cards_is_imported_before_a_rank_has_its_own(tmp_path, on_ranks):
+    found = on_ranks(None, programs.import_at_setup, path=str(tmp_path))
+    assert "torch" in found
+    assert not {"transformers", "peft", "accelerate", "bitsandbytes", "datasets"} & set(found)
+
+
+def test_ranks_are_connected_once():
+    parallel.setup()
+    assert mpu.get_model_parallel_group() is dist.group.WORLD
 
 
 def test_no_rank_outlives_torchrun(tmp_path):

@@ -7,9 +7,11 @@ import sys
 import pytest
 from conftest import TOKENIZERS, make_ckpt
 
-from llama import LLaMA
+from llama import LLaMA, parallel
+from llama.cli import MemoryWatch
 from llama.options import GenerationOptions
-from llama.prompts import SEPARATOR, complete, read_messages, read_prompts, read_requests
+from llama.output import Timing
+from llama.prompts import SEPARATOR, complete, read_messages, read_prompts, read_requests, report
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
@@ -106,3 +108,10 @@ def test_a_file_of_messages_without_any_is_named(tmp_path, content):
     (tmp_path / "m.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"m\.jsonl"):
         read_messages(tmp_path / "m.jsonl")
+
+
+def test_memory_of_cards_is_told_as_allocated_and_reserved(monkeypatch, capsys):
+    parallel.setup()
+    monkeypatch.setattr(parallel, "device_peaks", lambda: (5_000_000, 7_000_000))
+    report(Timing(), MemoryWatch())
+    assert "memory at most 5 MB by rank (allocated; reserved 7)\n" in capsys.readouterr().err

@@ -118,6 +118,12 @@ class PromptTrainer(transformers.Trainer):
 
         Raises ValueError for a checkpoint of another model, dataset or other options.
         """
+        resumed = checkpoint and (checkpoint.name, hash_of(checkpoint / RUN))
+        if len(set(parallel.gather_objects(resumed))) > 1:
+            raise ValueError(
+                f"{self.args.output_dir}: the ranks found different checkpoints to go on from; "
+                "copy the folder of the first machine to all others"
+            )
         if checkpoint is not None:
             if changed := differing(read_json(checkpoint / RUN), self.run_facts):
                 raise ValueError(
