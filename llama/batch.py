@@ -81,8 +81,10 @@ class Batch:
         if self.decoder and len(ids) <= FEW_ROWS:
             return self.model.gather_logits(self.decoder.hidden_states(ids, starts))
         cache = self.cache.narrow(0, len(ids))
-        tokens = torch.tensor(ids, device=self.model.norm.weight.device)[:, None]
-        h = self.model.hidden_states(tokens, cache=cache, start_pos=starts)
+        # one copy to the device for both
+        both = torch.tensor((ids, starts), device=self.model.norm.weight.device)
+        tokens = both[0][:, None]
+        h = self.model.hidden_states(tokens, cache=cache, start_pos=starts, starts=both[1])
         return self.model.gather_logits(h[:, -1])
 
     def drop_done(self) -> list[int]:

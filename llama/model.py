@@ -166,14 +166,16 @@ class KVCache:
         for layer in self.layers:
             layer[:, target, :length] = layer[:, source, :length]
 
-    def advance(self, start_pos: list[int], seqlen: int) -> tuple[Tensor, Tensor | None]:
-        """Have the next pass write row i at start_pos[i] onward.
+    def advance(
+        self, start_pos: list[int], seqlen: int, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Have the next pass write row i at start_pos[i] onward; starts: that on the device.
 
         Returns its positions (bsz, seqlen), and where its queries may look, (bsz, 1, seqlen, end);
         None if that is everything (one token) or what is_causal says (all from the beginning).
         """
-        starts = torch.tensor(start_pos, device=self.rows.device)[:, None]
-        positions = starts + torch.arange(seqlen, device=starts.device)
+        starts = torch.tensor(start_pos, device=self.rows.device) if starts is None else starts
+        positions = starts[:, None] + torch.arange(seqlen, device=starts.device)
         first, last = min(start_pos), max(start_pos)
         self.end = last + seqlen
         if first == last:  # all rows are at the same place
@@ -359,10 +361,12 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         start_pos: list[int] | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Compute what the output layer reads, (bsz, seqlen, dim), after the last norm.
 
-        With a cache, row i covers positions start_pos[i] onward, and sees what is cached before.
+        With a cache, row i covers positions start_pos[i] onward, and sees what is cached before;
+        starts (bsz,) is the same on the device, where it is there already.
         """
         if inputs_embeds is None:
             h = self.tok_embeddings(input_ids)  # (bsz, seqlen, dim)
@@ -373,7 +377,7 @@ class Transformer(nn.Module):
             positions = torch.arange(seqlen, device=h.device)[None]  # (1, seqlen)
             mask = padding_mask(attention_mask, h.dtype)
         else:
-            positions, mask = cache.advance(start_pos or [0] * len(h), seqlen)  # (bsz, seqlen)
+            positions, mask = cache.advance(start_pos or [0] * len(h), seqlen, starts)
         freqs_cis = self.rotations(positions)[..., None, :]  # (…, seqlen, 1, head_dim / 2)
         for layer in self.layers:
             if (self.gradient_checkpointing or layer.recompute) and torch.is_grad_enabled():
