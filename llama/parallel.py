@@ -181,6 +181,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def reads_own_part_of(n: int) -> bool:
+    """Whether n ranks run, on several machines: each then reads one of n shards alone."""
+    return world_size() == n > int(os.environ.get("LOCAL_WORLD_SIZE", n))
+
+
 def local_share() -> slice:
     """Of a list of things that each machine must do once, those that this rank does."""
     return slice(

@@ -11,7 +11,16 @@ from pathlib import Path
 import programs
 import pytest
 import torch.distributed as dist
-from conftest import REPO, TOKENIZERS, command_of, flags_of, make_ckpt, run_program, run_script
+from conftest import (
+    REPO,
+    TOKENIZERS,
+    command_of,
+    flags_of,
+    make_ckpt,
+    run_program,
+    run_script,
+    shard_of,
+)
 from fairscale.nn.model_parallel import initialize as mpu
 
 from llama import LLaMA, parallel
@@ -22,8 +31,13 @@ MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
 
 
 def test_two_agents_of_one_process_each_are_two_ranks(tmp_path):
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", n=2, **MODEL)
-    flags = flags_of(ckpt_dir=ckpt_dir, tokenizer_path=PATH, temperature=0, max_gen_len=8)
+    folders = [make_ckpt(tmp_path / f"machine_{i}", n=2, **MODEL) for i in range(2)]
+    for i, folder in enumerate(folders):  # each has its own rank's shard alone
+        shard_of(folder, 1 - i).unlink()
+    assert (
+        "holds 1 shard, but manifest.json lists 2"
+        in run_script("example.py", *flags_of(ckpt_dir=folders[0], tokenizer_path=PATH)).stderr
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -32,6 +46,7 @@ def test_two_agents_of_one_process_each_are_two_ranks(tmp_path):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
         torchrun += flags_of(nnodes=2, node_rank=i, master_addr="127.0.0.1", master_port=port)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        flags = flags_of(ckpt_dir=folders[i], tokenizer_path=PATH, temperature=0, max_gen_len=8)
         command = [*torchrun, "example.py", *flags]
         agents.append(subprocess.Popen(command, cwd=REPO, text=True, **pipes))
     prompts = read_prompts(None)

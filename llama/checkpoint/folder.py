@@ -51,17 +51,19 @@ class Checkpoint(Source):
         params = _read_params(self.path)
         with naming(self.path / "params.json"):
             args = ModelArgs.from_params(params)
-        self.paths = _find_shards(self.path)
-        self.n = len(self.paths)
-        self._stats = [path.stat() for path in self.paths]
         self.manifest = Manifest.read(self.path)
+        self.paths = _find_shards(self.path, self.manifest)
+        self.n = len(self.paths)
+        here = [path for path in self.paths if path.exists()]
+        self._stats = {path: path.stat() for path in here}
         if self.manifest is not None:
-            self.manifest.check_files(self.path, self.paths)
+            self.manifest.check_files(self.path, here, whole=self.paths == here)
             self.manifest.check_params(self.path, args)
 
         # What the first shard says. The others are opened when they are read.
-        first = load_shard(self.paths[0])
-        with naming(self.paths[0]):
+        i = self.paths.index(here[0])
+        first = load_shard(self.paths[i])
+        with naming(self.paths[i]):
             check_layers(args, len(first))
             for name in (EMBEDDING, OUTPUT):
                 if name not in first or first[name].dim() != 2 or not first[name].numel():
@@ -85,8 +87,8 @@ class Checkpoint(Source):
         # Meta cut Llama 3's embedding on the vocabulary, and everyone else's on dim.
         by_vocabulary = (self.args.vocab_size // self.n, self.args.dim)
         self._embedding_dim = 0 if tuple(first[EMBEDDING].shape) == by_vocabulary else 1
-        self._check_shard(0, first)
-        self._shards = {0: first}
+        self._check_shard(i, first)
+        self._shards = {i: first}
         if self.manifest is not None:
             self.manifest.check_model(self.path, self.args, self.shapes, self.dtypes)
 
@@ -95,7 +97,7 @@ class Checkpoint(Source):
         self.quantize = self.params.get("quantize")
         with naming(self.path / "params.json"):
             check_quantize(self.quantize)
-        with naming(self.paths[0]):
+        with naming(self.path):
             for name, shape in weight_shapes(self.args).items():
                 bits = self.bits_of(name)
                 if bits and name in first and first[name].dim() == 2:
@@ -240,7 +242,7 @@ class Checkpoint(Source):
 
         One that was removed, or replaced under its name, is still mapped as it was.
         """
-        for path, before in zip(self.paths, self._stats):
+        for path, before in self._stats.items():
             if not path.exists():
                 continue
             now = path.stat()
@@ -353,8 +355,11 @@ def _read_params(ckpt_dir: Path) -> dict:
     return read_json(path, 1 << 20)
 
 
-def _find_shards(ckpt_dir: Path) -> list[Path]:
-    """The shards of a folder in order; none may be missing, and none of another set be there."""
+def _find_shards(ckpt_dir: Path, manifest: Manifest | None) -> list[Path]:
+    """The shards of a folder in order; none may be missing, and none of another set be there.
+
+    But of as many ranks on several machines, each needs only its own: all listed are given then.
+    """
     names = {path.name for path in ckpt_dir.iterdir()}
     sets = {
         prefix: {name for name in names if re.fullmatch(prefix + r"\.\d+\.pth", name)}
@@ -370,6 +375,12 @@ def _find_shards(ckpt_dir: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{ckpt_dir}: no shards in it (consolidated.*.pth or fs_consolidated.*.pth)"
         )
+    listed = manifest.shards.keys() if manifest else set()
+    paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(listed))]
+    if found < listed == {path.name for path in paths} and parallel.reads_own_part_of(len(paths)):
+        if not (own := paths[parallel.rank()]).is_file():
+            raise FileNotFoundError(f"{own}: rank {parallel.rank()} reads it; copy it here")
+        return paths
     paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(found))]
     for path in paths:
         if not path.is_file():

@@ -67,13 +67,13 @@ class Manifest:
         """Write it into a folder."""
         write_json(folder / NAME, {"format": FORMAT} | dataclasses.asdict(self))
 
-    def check_files(self, folder: Path, paths: Sequence[Path]) -> None:
+    def check_files(self, folder: Path, paths: Sequence[Path], whole: bool = True) -> None:
         """Raise ValueError unless the shards are those listed here, by name and size.
 
-        And for a file of the tokenizer that is another than the one listed.
+        And for a file of the tokenizer that is another than the one listed. whole: all must be.
         """
         here, there = {path.name for path in paths}, self.shards.keys()
-        if here != there:
+        if whole and here != there:
             raise ValueError(
                 f"{folder}: holds {counted(len(here), 'shard')}, but {NAME} lists {len(there)} "
                 f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
