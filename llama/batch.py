@@ -11,6 +11,8 @@ from llama.model import KVCache, Transformer
 from llama.output import Row
 
 MAX_PADDING = 64  # tokens in a pass over prompts: more take longer than a pass of their own
+CHUNK_TOKENS = 2048  # of prompts in one pass: more take memory, and are no faster
+CHUNK_POSITIONS = 64  # of each of many prompts, at least
 ECHO_ROWS = 128  # positions of a prompt whose logits are in memory at once
 
 
@@ -34,34 +36,54 @@ class Batch:
     def add(self, rows: list[Row], kept: int = 0, echo: bool = False) -> torch.Tensor:
         """Read the prompts of new rows: logits (bsz, vocab_size) after the last token of each.
 
-        All in one pass, padded on the right. What a pad puts into the cache lies behind its row's
-        end, and is overwritten before the row gets there. kept: tokens of a single row that the
-        cache holds already. echo: log-probabilities of the prompts are noted too.
+        They are padded on the right, and read a chunk of all at a time. What a pad puts into the
+        cache lies behind its row's end, and is overwritten before the row gets there. kept: tokens
+        of a single row that the cache holds already. echo: log-probabilities of the prompts are
+        noted too.
         """
         began = parallel.now()
         cache = self.cache.narrow(len(self.rows), len(rows))
         prompts = [row.ids[kept:] for row in rows]
         longest = max(map(len, prompts))
         padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
-        device = self.model.norm.weight.device
-        h = self.model.tok_embeddings(torch.tensor(padded, dtype=torch.long, device=device))
-        start = self.virtual + kept if kept else 0
-        if self.soft_prompt is not None and not kept:
-            soft = self.soft_prompt.to(h).expand(len(rows), -1, -1)
-            h = torch.cat((soft, h), dim=1)  # (bsz, num_virtual_tokens + longest, dim)
-        h = self.model.hidden_states(inputs_embeds=h, cache=cache, start_pos=[start] * len(rows))
+        ids = torch.tensor(padded, dtype=torch.long, device=self.model.norm.weight.device)
+        virtual = 0 if kept else self.virtual  # that are read now
+        start, width = self.virtual - virtual + kept, virtual + longest
+        lasts = [virtual + len(prompt) - 1 for prompt in prompts]
+        found: list[torch.Tensor] = []  # states of each row's last token, or of all if echo
+        n_positions = chunk_of(len(rows))
+        for at in range(0, width, n_positions):
+            h = self._embedded(ids, virtual, slice(at, at + n_positions))
+            h = self.model.hidden_states(
+                inputs_embeds=h, cache=cache, start_pos=[start + at] * len(rows)
+            )
+            inside = [min(max(last - at, 0), h.shape[1] - 1) for last in lasts]
+            found.append(h if echo else h[range(len(rows)), inside])
         if echo:
-            for row, states in zip(rows, h):
-                row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
-        before = h.shape[1] - longest  # what the tuned prompt takes
-        lasts = [before + len(ids) - 1 for ids in prompts]
-        logits = self.model.gather_logits(h[range(len(rows)), lasts])
+            states = torch.cat(found, 1)
+            for row, of_row in zip(rows, states):
+                row.output.prompt_logprobs = self._prompt_logprobs(row.ids, of_row)
+            final = states[range(len(rows)), lasts]
+        else:
+            final = torch.stack(found)[[last // n_positions for last in lasts], range(len(rows))]
+        logits = self.model.gather_logits(final)
         ended = parallel.now()
         for row in rows:
             row.began, row.done = ended, row.limit == 0
             row.output.timing.prompt_seconds = ended - began
         self.rows += rows
         return logits
+
+    def _embedded(self, ids: torch.Tensor, virtual: int, positions: slice) -> torch.Tensor:
+        """Some positions of prompts ids (bsz, longest) behind so many virtual tokens, embedded."""
+        start, stop = (max(x - virtual, 0) for x in (positions.start, positions.stop))
+        parts = []
+        if self.soft_prompt is not None and positions.start < virtual:
+            soft = self.soft_prompt[positions].to(self.model.norm.weight)
+            parts.append(soft.expand(len(ids), -1, -1))
+        if stop > start:
+            parts.append(self.model.tok_embeddings(ids[:, start:stop]))
+        return torch.cat(parts, dim=1)  # (bsz, positions, dim)
 
     def _prompt_logprobs(self, ids: list[int], h: torch.Tensor) -> list[float | None]:
         """The log-probability of each id of a prompt, of its states (… + longest, dim)."""
@@ -117,3 +139,8 @@ def take_alike(waiting: deque[Row], most: int) -> list[Row]:
             break
         taken.append(waiting.popleft())
     return taken
+
+
+def chunk_of(bsz: int) -> int:
+    """Positions of each of so many prompts that are read in one pass."""
+    return max(CHUNK_POSITIONS, CHUNK_TOKENS // bsz)

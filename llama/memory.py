@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llama import parallel
+from llama.batch import chunk_of
 from llama.checkpoint.weights import (
     Source,
     bits_of,
@@ -137,14 +138,17 @@ class Plan:
         Counted from what Transformer allocates. Sizes: d, q, kv, f of a token's states, queries,
         keys and FFN on this rank, b bytes a number.
         """
-        args, tokens, b = self.ckpt.args, self.bsz * self.seqlen, self.dtype.itemsize
+        args, b = self.ckpt.args, self.dtype.itemsize
+        positions = self.seqlen if self.tuning else min(self.seqlen, chunk_of(self.bsz))
+        tokens = self.bsz * positions  # in one pass
         d, q, f = args.dim, args.q_dim // self.n, args.hidden_dim // self.n
         kv = args.n_local_kv_heads(self.n) * args.head_dim
         on_cpu = self.device.type == "cpu"
         # Products by way of float32, a few rows of the matrix at a time: see layers.linear().
         widened = on_cpu and not computes(self.dtype)  # attention too
         by_float = self.quantize is not None or widened
-        repeated = kv < q and (widened or b == 4)  # keys and values: see attend()
+        # Keys and values: see attend().
+        repeated = kv < q and (widened or b == 4 or positions < self.seqlen)
         block = 4 * WIDENED_ROWS * (tokens + f) if by_float else 0
         if not self.tuning:
             # Embeddings, the layer's input, the same after attention, normed; gate, up, silu, and
@@ -155,7 +159,8 @@ class Plan:
             # Queries, keys, values; queries and keys together, in float32, turned, and as before.
             turned = b + 4 if b == 4 else b + 4 + 4 + b
             # Then the first are left, and what attend() repeats, and its output.
-            attention = (3 * d + q + 2 * kv) * b + max((q + kv) * turned, 3 * q * b * repeated)
+            looks = (q + 2 * q * self.seqlen // positions) * b * repeated
+            attention = (3 * d + q + 2 * kv) * b + max((q + kv) * turned, looks)
             angles = 8 + 6 * args.head_dim  # positions, float32 angles, complex64 turns
             prefill = tokens * (angles + max(ffn, attention)) + block
             return max(prefill, self.bsz * args.vocab_size * SAMPLED)
@@ -163,10 +168,8 @@ class Plan:
         normed = 4 if on_cpu else b
         # What autograd keeps of a layer: inputs of both norms; turned queries and keys, values,
         # attention's output and its float32 log-sums; gate, up, silu. Or the layer's input alone.
-        attended = (
-            2 * (q + (q if repeated else kv)) * (4 if widened else b) + 4 * q // args.head_dim
-        )
-        kept = 2 * d * normed + attended + 3 * f * b
+        attended = 2 * (q + (q if repeated else kv)) * (4 if widened else b)
+        kept = 2 * d * normed + attended + 4 * q // args.head_dim + 3 * f * b
         recomputed = args.n_layers if self.gradient_checkpointing else self.offload
         layers = recomputed * d * b + (args.n_layers - recomputed) * kept
         embeddings = d * b if normed != b and not recomputed else 0

@@ -21,8 +21,6 @@ from llama.layers import (
     computes,
 )
 
-MASK_ALIGNMENT = 16  # numbers to which the rows of a mask are aligned on cards
-
 
 @dataclass
 class ModelArgs:
@@ -171,8 +169,8 @@ class KVCache:
     ) -> tuple[Tensor, Tensor | None]:
         """Have the next pass write row i at start_pos[i] onward; starts: that on the device.
 
-        Returns its positions (bsz, seqlen), and where its queries may look, (bsz, 1, seqlen, end);
-        None if that is everything (one token) or what is_causal says (all from the beginning).
+        Returns its positions (bsz, seqlen), and where its queries may look, (bsz, 1, seqlen, end):
+        of one row for all at the same place; None for everything (one token), or is_causal.
         """
         starts = torch.tensor(start_pos, device=self.rows.device) if starts is None else starts
         positions = starts[:, None] + torch.arange(seqlen, device=starts.device)
@@ -182,6 +180,7 @@ class KVCache:
             self.place = (slice(None), slice(first, self.end))
             if seqlen == 1 or first == 0:
                 return positions, None
+            positions = positions[:1]
         else:
             self.place = (self.rows, positions)
         seen = torch.arange(self.end, device=starts.device) <= positions[:, None, :, None]
@@ -201,10 +200,10 @@ class KVCache:
 def added_to_scores(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask of the same shape: 0 where a query may look, else minus infinity.
 
-    Made once a pass, in rows that cards can take as they are: else each layer makes its own.
+    Made once a pass, in rows of 16 numbers, as cards take them: else each layer makes its own.
     """
     end = seen.shape[-1]
-    shape = (*seen.shape[:-1], -(-end // MASK_ALIGNMENT) * MASK_ALIGNMENT)
+    shape = (*seen.shape[:-1], -(-end // 16) * 16)
     mask = torch.zeros(shape, dtype=dtype, device=seen.device)[..., :end]
     return mask.masked_fill_(~seen, -torch.inf)
 

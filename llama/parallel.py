@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -68,10 +69,13 @@ def _check_alike(store: dist.Store, rank: int, size: int) -> None:
     why = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
     found = "a card" if _device.type == "cuda" else "no card"  # type: ignore[union-attr]
     store.set(f"llama/found/{rank}", f"{found} ({socket.gethostname()}{why})")
-    all_found = []
-    for other in range(size):
-        _wait(store, f"llama/found/{other}", rank, other, "to start")
-        all_found.append(store.get(f"llama/found/{other}").decode())
+    keys = [f"llama/found/{other}" for other in range(size)]
+    try:
+        store.wait(keys, PATIENCE)
+    except dist.DistStoreError:
+        _say_missing(store, keys, "to start")
+        store.wait(keys, dist.default_pg_timeout)
+    all_found = [store.get(key).decode() for key in keys]
     if len({text.split(" (")[0] for text in all_found}) > 1:
         each = "; ".join(f"rank {i}: {text}" for i, text in enumerate(all_found))
         raise ValueError(
@@ -80,26 +84,27 @@ def _check_alike(store: dist.Store, rank: int, size: int) -> None:
         )
 
 
-def _wait(store: dist.Store, key: str, rank: int, other: int, what: str) -> None:
-    """Wait until another rank sets a key; after a minute one of those that wait says for what."""
-    try:
-        store.wait([key], PATIENCE)
-    except dist.DistStoreError:
-        if rank == (0 if other else 1):
-            here = socket.gethostname()
-            print(f"{here}: waiting for rank {other} {what}", file=sys.stderr, flush=True)
-        store.wait([key], TIMEOUT)
-
-
 def meet(what: str) -> None:
     """Wait for every rank, which is to do something that may take long; after a minute, say so."""
     global _n_met
     if _store is None or world_size() == 1:
         return
     _n_met += 1
-    _store.set(f"llama/met/{_n_met}/{rank()}", "")
-    for other in range(world_size()):
-        _wait(_store, f"llama/met/{_n_met}/{other}", rank(), other, what)
+    keys = [f"llama/met/{_n_met}/{i}" for i in range(world_size())]
+    _store.set(keys[rank()], "")
+    timer = threading.Timer(PATIENCE.total_seconds(), _say_missing, (_store, keys, what))
+    timer.daemon = True
+    timer.start()
+    dist.barrier()  # and not the store, which would not notice a rank that ends
+    timer.cancel()
+
+
+def _say_missing(store: dist.Store, keys: list[str], what: str) -> None:
+    """Say which ranks have not set their keys; one of those that have speaks."""
+    missing = [i for i, key in enumerate(keys) if not store.check([key])]
+    if missing and rank() == min(set(range(len(keys))) - set(missing)):
+        names = ", ".join(map(str, missing))
+        print(f"{socket.gethostname()}: waiting for rank {names} {what}", file=sys.stderr)
 
 
 def _take_device() -> torch.device:

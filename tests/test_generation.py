@@ -23,7 +23,7 @@ from test_gguf_tokenizer import mixed_text
 from test_vocabulary import small_files
 from transformers import AutoModelForCausalLM
 
-from llama import LLaMA, generation
+from llama import LLaMA, batch, generation
 from llama.checkpoint.convert import convert
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.formats import open_any, open_pair
@@ -123,6 +123,32 @@ def test_greedy_on_ranks_equals_hugging_face(tmp_path, on_ranks, any_format, n):
     one = build(tmp_path / "one", *MODELS[-1], max_batch_size=programs.MAX_BATCH_SIZE)
     alone = one.generate(PROMPTS, **programs.SAMPLING)
     assert sampled == [output.token for output in alone]
+
+
+@pytest.mark.parametrize("virtual", [0, 7])
+def test_prompts_are_read_a_chunk_at_a_time(tmp_path, monkeypatch, virtual):
+    llama = build(tmp_path, max_batch_size=3)
+    if virtual:
+        llama.soft_prompt = torch.randn(virtual, llama.model.args.dim)
+    prompts, options = ["a b c " * 6, *PROMPTS], {"max_gen_len": 4, "temperature": 0}
+    whole = llama.generate(prompts, echo=True, **options)
+    monkeypatch.setattr(batch, "CHUNK_TOKENS", 9)
+    monkeypatch.setattr(batch, "CHUNK_POSITIONS", 2)
+    sizes, hidden_states = [], llama.model.hidden_states
+
+    def watched(*args, inputs_embeds=None, **kwargs):
+        sizes.append(inputs_embeds.shape[:2].numel())
+        return hidden_states(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    for echo in (True, False):
+        chunked = llama.generate(prompts, echo=echo, **options)
+        assert [output.token for output in chunked] == [output.token for output in whole]
+        for output, expected in zip(chunked, whole) if echo else ():
+            found, wanted = output.prompt_logprobs, expected.prompt_logprobs
+            assert found[1:] == pytest.approx(wanted[1:], abs=1e-3)
+    assert len(sizes) > 12
+    assert max(sizes) <= 9
 
 
 @pytest.mark.parametrize("sorted_batches", [8, 1])  # 1: longer prompts join shorter ones too

@@ -34,7 +34,7 @@ CHECKPOINT += [
     "modelfile",
 ]
 CHECKPOINT += ["baked", "convert", "embeds"]
-GENERATION = ["memory", "sampling", "output", "batch", "generation", "prompts", "chat", "terminal"]
+GENERATION = ["sampling", "output", "batch", "memory", "generation", "prompts", "chat", "terminal"]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
 ORDER += [f"tuning.{name}" for name in TUNING]

@@ -54,16 +54,15 @@ class Checkpoint(Source):
         self.manifest = Manifest.read(self.path)
         self.paths = _find_shards(self.path, self.manifest)
         self.n = len(self.paths)
-        here = [path for path in self.paths if path.exists()]
-        self._stats = {path: path.stat() for path in here}
+        self._stats = {path: path.stat() for path in self.paths if path.exists()}
+        here = list(self._stats)
         if self.manifest is not None:
             self.manifest.check_files(self.path, here, whole=self.paths == here)
             self.manifest.check_params(self.path, args)
 
         # What the first shard says. The others are opened when they are read.
-        i = self.paths.index(here[0])
-        first = load_shard(self.paths[i])
-        with naming(self.paths[i]):
+        first, i = load_shard(here[0]), self.paths.index(here[0])
+        with naming(here[0]):
             check_layers(args, len(first))
             for name in (EMBEDDING, OUTPUT):
                 if name not in first or first[name].dim() != 2 or not first[name].numel():
@@ -161,7 +160,8 @@ class Checkpoint(Source):
 
         A view of the mapped file where one shard holds it so, and in the same dtype.
         """
-        found = self.read(name, *self.range_of(name, rank, n))
+        own = n == self.n and self.cut_here(name) == cut_of(name, self.args, n)
+        found = self.shard(rank)[name] if own else self.read(name, *self.range_of(name, rank, n))
         return found.contiguous().to(self.dtype_of(name, dtype))
 
     def stays_mapped(self, name: str, n: int, dtype: torch.dtype) -> bool:
@@ -378,9 +378,9 @@ def _find_shards(ckpt_dir: Path, manifest: Manifest | None) -> list[Path]:
     listed = manifest.shards.keys() if manifest else set()
     paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(listed))]
     if found < listed == {path.name for path in paths} and parallel.reads_own_part_of(len(paths)):
-        if not (own := paths[parallel.rank()]).is_file():
-            raise FileNotFoundError(f"{own}: rank {parallel.rank()} reads it; copy it here")
-        return paths
+        if (own := paths[parallel.rank()]).is_file():
+            return paths
+        raise FileNotFoundError(f"{own}: rank {parallel.rank()} reads it; copy it here")
     paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(found))]
     for path in paths:
         if not path.is_file():
