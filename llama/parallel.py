@@ -24,9 +24,6 @@ _TORCHRUN = (
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
 
-# How long ranks wait for each other where a collective or the start of a run joins them. nccl's own
-# ten minutes are met by a large model on a slow disk. A rank that ends is noticed at once anyway.
-TIMEOUT = timedelta(hours=float(os.environ.get("LLAMA_TIMEOUT_HOURS", 24)))
 PATIENCE = timedelta(minutes=1)  # after which a rank that waits says for what
 
 _device: torch.device | None = None
@@ -53,7 +50,7 @@ def setup() -> torch.device:
         backend = "nccl" if _device.type == "cuda" else "gloo"
         # Given the card, nccl connects now, and fails now.
         card = _device if _device.type == "cuda" else None
-        group = {"store": _store, "rank": rank, "world_size": size, "timeout": TIMEOUT}
+        group = {"store": _store, "rank": rank, "world_size": size, "timeout": _timeout()}
         dist.init_process_group(backend, device_id=card, **group)
         # gloo's threads must end before the interpreter does, or they abort it.
         atexit.register(leave)
@@ -61,6 +58,19 @@ def setup() -> torch.device:
         # and each rank with itself, and every nccl connection takes memory of a card.
         mpu._MODEL_PARALLEL_GROUP = dist.group.WORLD
     return _device
+
+
+def _timeout() -> timedelta:
+    """How long ranks wait for each other in a collective.
+
+    nccl's own ten minutes are met by a large model on a slow disk. A rank that ends is noticed at
+    once anyway.
+    """
+    given = os.environ.get("LLAMA_TIMEOUT_HOURS", "24")
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) <= 1000:
+            return timedelta(hours=float(given))
+    raise ValueError(f"LLAMA_TIMEOUT_HOURS={given}: a number of hours, at most 1000, is wanted")
 
 
 def _check_alike(store: dist.Store, rank: int, size: int) -> None:

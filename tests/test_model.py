@@ -69,6 +69,34 @@ def test_cached_decoding_equals_full_pass_at_every_position(tmp_path):
     torch.testing.assert_close(model.gather_logits(torch.cat(cached, 1)), full, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_heads_in_groups_take_no_kernel_that_most_cards_lack(tmp_path, monkeypatch, dtype):
+    """With groups that attention is to spread itself, cards have one for halves and no mask."""
+    model, _ = build(tmp_path, n_kv_heads=2)
+    model, ids, calls = model.to(dtype), token_ids(3, 24), []
+
+    def watched(query, key, value, attn_mask=None, enable_gqa=False, **kwargs):
+        calls.append(attn_mask)
+        assert not enable_gqa or (attn_mask is None and query.dtype != torch.float32)
+        assert enable_gqa or key.shape[1] == query.shape[1]
+        if attn_mask is not None:  # as it is, no layer need copy it
+            assert attn_mask.dtype == query.dtype
+            assert attn_mask.stride(-2) % 16 == 0
+        return attend(query, key, value, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr("llama.model.computes", lambda dtype: True)
+    cache = KVCache(model, bsz=3, max_len=24)
+    masked = []
+    for start_pos, width in (([0] * 3, 8), ([8] * 3, 5), ([13] * 3, 1), ([5, 9, 14], 1)):
+        model.hidden_states(ids[:, :width], cache=cache, start_pos=start_pos)
+        masked.append(calls[-1] is not None)
+        assert calls[-1] is calls[-2]  # made once for all layers
+    assert masked == [False, True, False, True]
+
+
 def test_building_and_loading_copy_no_weight(tmp_path):
     model, _ = build(tmp_path)
     shard = Checkpoint(tmp_path / "ckpt").shard(0)

@@ -88,6 +88,13 @@ def test_a_driver_too_old_for_torch_is_one_line(tmp_path):
     assert re.fullmatch(said, result.stderr)
 
 
+@pytest.mark.parametrize("given", ["x", "0", "nan", "1e9"])
+def test_a_timeout_that_is_none_is_told(monkeypatch, given):
+    monkeypatch.setenv("LLAMA_TIMEOUT_HOURS", given)
+    with pytest.raises(ValueError, match=f"LLAMA_TIMEOUT_HOURS={given}: a number of hours"):
+        parallel._timeout()
+
+
 def test_a_rank_that_waits_says_for_whom(tmp_path):
     result = run_program(tmp_path, 3, programs.come_late)
     assert (result.returncode, result.stdout) == (0, '"met"\n')

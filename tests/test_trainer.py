@@ -32,7 +32,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import ft_main
-from llama import files
+from llama import files, parallel
 from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import newest_checkpoint
 
@@ -177,6 +177,19 @@ def test_a_bad_request_is_named_and_leaves_a_run_alone(tuned, monkeypatch, chang
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         tune(folder, "out", **changes)
     assert hashes_of(out / "checkpoint-4") == before
+
+
+def test_ranks_that_would_go_on_from_different_checkpoints_say_so(tuned, monkeypatch):
+    folder, _ = tuned
+    gather = parallel.gather_objects
+
+    def with_another(value: object) -> list:
+        found = isinstance(value, tuple) and isinstance(value[0], str)
+        return gather(value) + [("checkpoint-2", "of another run")] * found
+
+    monkeypatch.setattr(parallel, "gather_objects", with_another)
+    with pytest.raises(ValueError, match="the ranks found different checkpoints to go on from"):
+        tune(folder, "out", resume=True)
 
 
 CHANGED = "its step or files are not those that run.json lists"
