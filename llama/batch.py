@@ -50,23 +50,20 @@ class Batch:
         virtual = 0 if kept else self.virtual  # that are read now
         start, width = self.virtual - virtual + kept, virtual + longest
         lasts = [virtual + len(prompt) - 1 for prompt in prompts]
-        found: list[torch.Tensor] = []  # states of each row's last token, or of all if echo
+        found: list[torch.Tensor] = []  # states of all positions, if echo
+        finals: dict[int, torch.Tensor] = {}  # of each row's last token
         n_positions = chunk_of(len(rows))
         for at in range(0, width, n_positions):
             h = self._embedded(ids, virtual, slice(at, at + n_positions))
             h = self.model.hidden_states(
                 inputs_embeds=h, cache=cache, start_pos=[start + at] * len(rows)
             )
-            inside = [min(max(last - at, 0), h.shape[1] - 1) for last in lasts]
-            found.append(h if echo else h[range(len(rows)), inside])
-        if echo:
-            states = torch.cat(found, 1)
-            for row, of_row in zip(rows, states):
-                row.output.prompt_logprobs = self._prompt_logprobs(row.ids, of_row)
-            final = states[range(len(rows)), lasts]
-        else:
-            final = torch.stack(found)[[last // n_positions for last in lasts], range(len(rows))]
-        logits = self.model.gather_logits(final)
+            inside = range(at, at + n_positions)
+            finals |= {i: h[i, last - at] for i, last in enumerate(lasts) if last in inside}
+            found += [h] if echo else []
+        for row, states in zip(rows, torch.cat(found, 1) if echo else ()):
+            row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
+        logits = self.model.gather_logits(torch.stack([finals[i] for i in range(len(rows))]))
         ended = parallel.now()
         for row in rows:
             row.began, row.done = ended, row.limit == 0

@@ -169,8 +169,8 @@ def _bytes(numbers, scales, x, y, thread, threads):  # type: ignore[no-untyped-d
 
 @inner
 def _nibbles(numbers, scales, zeros, x, y, thread, threads):  # type: ignore[no-untyped-def]
-    # as above, but numbers (tiles, groups, group / 8, 4, rows) uint8 are of two inputs each, and
-    # each weight has zeros (tiles, groups, rows) int8, in eighths
+    # as above (one function for both took twice as long), but numbers (tiles, groups, group / 8, 4,
+    # rows) uint8 are of two inputs each, and zeros (tiles, groups, rows) int8 are in eighths
     tiles, groups, eights, _, rows = numbers.shape
     by_group, tiled = x.reshape(len(x), groups, eights, 8), y.reshape(len(y), tiles, rows)
     part = np.empty(rows, f32)
@@ -306,8 +306,8 @@ def attention(h, norm, wq, wk, wv, wo, n_heads, keys, values, freqs, starts, out
             row, head = which // n_heads, which % n_heads
             part, end = slice(head * head_dim, (head + 1) * head_dim), starts[row] + 1
             _rotate(xq[row, part], freqs[row], query)
-            seen = keys[row, :end, head // group], values[row, :end, head // group]
-            _attend(query, seen[0], seen[1], scores, output[row, part])
+            kv = head // group
+            _attend(query, keys[row, :end, kv], values[row, :end, kv], scores, output[row, part])
     _product(wo, output, out, threads)
 
 

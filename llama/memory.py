@@ -22,7 +22,7 @@ from llama.checkpoint.weights import (
 )
 from llama.cli import counted, say
 from llama.layers import WIDENED_ROWS, computes
-from llama.options import QUANTIZATIONS
+from llama.options import QUANTIZATIONS, dtype_name
 from llama.quantize import GROUPS, group_bytes
 
 # What needs so much more than there is cannot run. The plan is the least: what glibc keeps of
@@ -89,7 +89,7 @@ class Plan:
     @property
     def numbers(self) -> str:
         """What numbers the weights are of, for people."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return f"{self.quantize} and {dtype}" if self.quantize else dtype
 
     @property
@@ -322,7 +322,7 @@ def _others(plan: Plan, fits: Callable[[Plan], bool]) -> Iterator[str]:
         yield "--gradient_checkpointing"
     if plan.quantize is None:
         dtypes = [x for x in (plan.ckpt.dtype, torch.bfloat16) if x.itemsize < plan.dtype.itemsize]
-        named = [(f"--dtype {plan.but(dtype=x).numbers}", {"dtype": x}) for x in dtypes]
+        named = [(f"--dtype {dtype_name(x)}", {"dtype": x}) for x in dtypes]
         for kind in (named, [(f"--quantize {x}", {"quantize": x}) for x in QUANTIZATIONS]):
             yield from [flag for flag, change in kind if fits(plan.but(**change))][:1]
     if plan.device.type != "cpu":

@@ -177,6 +177,16 @@ class TunedGenerationOptions(GenerationOptions):
     )
 
 
+def dtype_name(dtype: object) -> str:
+    """What --dtype calls a torch dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_flag(dtype: object) -> list[str]:
+    """--dtype in a command; nothing for None."""
+    return ["--dtype", dtype_name(dtype)] if dtype else []
+
+
 def check_quantize(quantize: str | None) -> None:
     """Raise ValueError for a --quantize that is unknown."""
     if quantize not in (None, *QUANTIZATIONS):

@@ -19,7 +19,7 @@ from llama.checkpoint.weights import Source, hash_threads, parse_dtype
 from llama.checkpoint.write import write_checkpoint, write_files
 from llama.cli import progress_bar, say
 from llama.files import content_of, new_folder
-from llama.options import DTYPES
+from llama.options import DTYPES, dtype_name
 from llama.tokenizer import Tokenizer
 
 TARGETS = {"meta": DTYPES, "hf": DTYPES, "gguf": tuple(WRITTEN), "prompt_embeds": ()}
@@ -113,7 +113,7 @@ def convert(
             write_hf(source, folder, parse_dtype(dtype) or source.dtype, tokenizer)
             source.check_unchanged()
     else:
-        dtype = dtype or str(source.dtype).removeprefix("torch.")
+        dtype = dtype or dtype_name(source.dtype)
         vocabulary = {"general.name": out_dir.name} | vocabulary_in(source)
         name = f"{out_dir.name}-{dtype}.gguf"
         for_ollama = {"Modelfile": modelfile(name, vocabulary).encode()}

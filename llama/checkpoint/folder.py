@@ -30,7 +30,7 @@ from llama.checkpoint.weights import (
 from llama.cli import counted, first_few, progress_bar, shown
 from llama.files import hash_of, load_plain, naming, read_json, sha256_of
 from llama.model import ModelArgs
-from llama.options import DTYPES, check_quantize
+from llama.options import DTYPES, check_quantize, dtype_name
 from llama.quantize import group_of
 
 SURPLUS = "rope.freqs"  # in Meta's files, in Llama 1's once a layer; recomputed, so not read
@@ -55,14 +55,14 @@ class Checkpoint(Source):
         self.paths = _find_shards(self.path, self.manifest)
         self.n = len(self.paths)
         self._stats = {path: path.stat() for path in self.paths if path.exists()}
-        here = list(self._stats)
         if self.manifest is not None:
-            self.manifest.check_files(self.path, here, whole=self.paths == here)
+            self.manifest.check_files(self.path, self.paths)
             self.manifest.check_params(self.path, args)
 
         # What the first shard says. The others are opened when they are read.
-        first, i = load_shard(here[0]), self.paths.index(here[0])
-        with naming(here[0]):
+        i = self.paths.index(next(iter(self._stats)))
+        first = load_shard(self.paths[i])
+        with naming(self.paths[i]):
             check_layers(args, len(first))
             for name in (EMBEDDING, OUTPUT):
                 if name not in first or first[name].dim() != 2 or not first[name].numel():
@@ -125,7 +125,7 @@ class Checkpoint(Source):
             check_shapes({name: tuple(weight.shape) for name, weight in shard.items()}, wanted)
             for name, weight in shard.items():
                 wanted_dtypes = ("uint8",) if self.bits_of(name) else DTYPES
-                if str(weight.dtype).removeprefix("torch.") not in wanted_dtypes:
+                if dtype_name(weight.dtype) not in wanted_dtypes:
                     raise ValueError(
                         f"{name} is {weight.dtype}, not one of {', '.join(wanted_dtypes)}"
                     )

@@ -40,6 +40,7 @@ from llama.checkpoint.weights import (
 from llama.cli import first_few
 from llama.files import bytes_of, naming, naming_refusals, read_json, write_json
 from llama.model import ModelArgs
+from llama.options import dtype_name
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def write_hf(source: Source, folder: Path, dtype: torch.dtype, tokenizer: Tokeni
     args = source.args
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     config |= config_of(args) | {"tie_word_embeddings": source.tied, "attention_bias": False}
-    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    config |= {"dtype": dtype_name(dtype)}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         others = sorted((tokenizer.stop_ids | source.stop_ids) - {tokenizer.eos_id})

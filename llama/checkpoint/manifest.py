@@ -20,6 +20,7 @@ from llama.checkpoint.weights import cut_of, tokenizer_in
 from llama.cli import counted, first_few
 from llama.files import hash_of, naming, read_json, write_json
 from llama.model import ModelArgs
+from llama.options import dtype_name
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -67,19 +68,19 @@ class Manifest:
         """Write it into a folder."""
         write_json(folder / NAME, {"format": FORMAT} | dataclasses.asdict(self))
 
-    def check_files(self, folder: Path, paths: Sequence[Path], whole: bool = True) -> None:
-        """Raise ValueError unless the shards are those listed here, by name and size.
+    def check_files(self, folder: Path, paths: Sequence[Path]) -> None:
+        """Raise ValueError unless the shards are those listed here, by name and, if there, size.
 
-        And for a file of the tokenizer that is another than the one listed. whole: all must be.
+        And for a file of the tokenizer that is another than the one listed.
         """
         here, there = {path.name for path in paths}, self.shards.keys()
-        if whole and here != there:
+        if here != there:
             raise ValueError(
                 f"{folder}: holds {counted(len(here), 'shard')}, but {NAME} lists {len(there)} "
                 f"({first_few(sorted(here ^ there))} in only one of the two); was the folder "
                 "copied in part, or are two mixed?"
             )
-        for path in paths:
+        for path in filter(Path.exists, paths):
             size, wanted = path.stat().st_size, self.shards[path.name]
             if size != wanted:
                 raise ValueError(
@@ -147,6 +148,6 @@ def describe_weights(
 ) -> dict[str, dict]:
     """What a manifest says of every weight of a model, but for its hash."""
     return {
-        name: {"shape": list(shape), "dtype": str(dtypes[name]).removeprefix("torch.")}
+        name: {"shape": list(shape), "dtype": dtype_name(dtypes[name])}
         for name, shape in shapes.items()
     }

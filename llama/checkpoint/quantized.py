@@ -15,7 +15,7 @@ from llama.checkpoint.weights import (
 )
 from llama.files import naming
 from llama.model import ModelArgs
-from llama.options import check_quantize
+from llama.options import check_quantize, dtype_flag
 from llama.quantize import GROUPS, KEPT_GROUP, group_bytes, pack
 
 MOST_CARDS = 8  # of a machine: groups are as long as cuts for so many leave them
@@ -102,8 +102,7 @@ class QuantizedSource(Source):
     def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:
         """What is done while loading, and the command that saves it next time."""
         command = ["python", "split_model.py", "--ckpt_dir", str(self.path), "--n", str(n)]
-        command += ["--quantize", str(self.quantize)]
-        command += ["--dtype", str(dtype).removeprefix("torch.")] if dtype else []
+        command += ["--quantize", str(self.quantize), *dtype_flag(dtype)]
         return (
             f"quantised to {self.quantize} while loading; to save that work next time: "
             f"{shlex.join(command)}"

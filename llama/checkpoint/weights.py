@@ -16,7 +16,7 @@ import torch
 from llama.cli import first_few, say
 from llama.files import bytes_of, default_out_dir
 from llama.model import ModelArgs
-from llama.options import check_dtype
+from llama.options import check_dtype, dtype_flag, dtype_name
 from llama.quantize import group_of
 
 BLOCK_ROWS, BLOCK_NUMBERS = 128, 1 << 20  # a few MB, on each of several threads; on one thread
@@ -348,7 +348,7 @@ class Source:
         growth = self.growth(self.shapes, dtype)
         command = ["python", "convert_model.py", "--from", str(self.path)]
         command += ["--out_dir", str(default_out_dir(self.path, n)), "--n", str(n)]
-        command += ["--dtype", str(dtype).removeprefix("torch.")] if dtype else []
+        command += dtype_flag(dtype)
         return (
             f"{self.form}, converted{cut} while loading{f' ({growth})' if growth else ''}; to save "
             f"that work next time: {shlex.join(command)}"
@@ -362,7 +362,7 @@ class Source:
         less = "" if dtype else "; --dtype bfloat16 takes half, --quantize int8 or int4 less"
         return (
             f"{self.quantised_bytes / 1e6:,.0f} MB of quantised weights become "
-            f"{n_numbers * wide.itemsize / 1e6:,.0f} MB of {str(wide).removeprefix('torch.')}{less}"
+            f"{n_numbers * wide.itemsize / 1e6:,.0f} MB of {dtype_name(wide)}{less}"
         )
 
     @functools.cached_property
