@@ -35,7 +35,8 @@ def tune(flags: TuningOptions, out: Path) -> None:
     from llama.checkpoint.formats import open_pair
     from llama.checkpoint.weights import parse_dtype
     from llama.generation import load_model
-    from llama.memory import Plan, check_tuning
+    from llama.memory import check_tuning
+    from llama.plan import Plan
     from llama.tuning.data import split_dataset, tokenize_dataset
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
@@ -70,8 +71,9 @@ def tune(flags: TuningOptions, out: Path) -> None:
         gradient_checkpointing=flags.gradient_checkpointing,
         num_virtual_tokens=flags.num_virtual_tokens,
     )
-    check_tuning(plan, train_rows)
+    recompute_ffn = check_tuning(plan, train_rows)
     transformer = load_model(ckpt, device, dtype, flags.offload)
+    transformer.recompute_ffn = recompute_ffn
     transformer.gradient_checkpointing = flags.gradient_checkpointing
     parallel.hide_ranks()
     transformers.logging.set_verbosity_error()  # it warns of hidden ranks

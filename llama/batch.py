@@ -5,9 +5,10 @@ from collections import deque
 import torch
 
 from llama import parallel
+from llama.cache import KVCache
 from llama.decoder import Decoder
 from llama.layers import FEW_ROWS, kernels
-from llama.model import KVCache, Transformer
+from llama.model import Transformer
 from llama.output import Row
 
 MAX_PADDING = 64  # tokens in a pass over prompts: more take longer than a pass of their own
@@ -54,13 +55,16 @@ class Batch:
         finals: dict[int, torch.Tensor] = {}  # of each row's last token
         n_positions = chunk_of(len(rows))
         for at in range(0, width, n_positions):
-            h = self._embedded(ids, virtual, slice(at, at + n_positions))
             h = self.model.hidden_states(
-                inputs_embeds=h, cache=cache, start_pos=[start + at] * len(rows)
+                inputs_embeds=self._embedded(ids, virtual, slice(at, at + n_positions)),
+                cache=cache,
+                start_pos=[start + at] * len(rows),
             )
             inside = range(at, at + n_positions)
-            finals |= {i: h[i, last - at] for i, last in enumerate(lasts) if last in inside}
+            ends = [(i, last - at) for i, last in enumerate(lasts) if last in inside]
+            finals |= {i: h[i, place].clone() for i, place in ends}
             found += [h] if echo else []
+            del h  # before the next is made
         for row, states in zip(rows, torch.cat(found, 1) if echo else ()):
             row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
         logits = self.model.gather_logits(torch.stack([finals[i] for i in range(len(rows))]))

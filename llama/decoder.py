@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama.cache import KVCache
 from llama.layers import sum_over_ranks
-from llama.model import KVCache, Transformer
+from llama.model import Transformer
 
 
 class Decoder:

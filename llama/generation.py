@@ -12,16 +12,18 @@ import torch
 
 from llama import parallel
 from llama.batch import Batch, take_alike
+from llama.cache import KVCache
 from llama.checkpoint.formats import open_pair
 from llama.checkpoint.weights import Source, parse_dtype
 from llama.cli import check_at_least, counted, end_with_torchrun, progress_bar, say, shown
 from llama.files import naming
 from llama.layers import quantise
-from llama.memory import DEFAULTS, Plan, check_generation
-from llama.model import KVCache, Transformer
+from llama.memory import DEFAULTS, check_generation
+from llama.model import Transformer
 from llama.offload import Offload, layers_to_offload
 from llama.options import SamplingParams, check_max_seq_len
 from llama.output import Output, Prompt, Row, Stream, Timing
+from llama.plan import Plan
 from llama.sampling import BROKEN, INTERRUPTED, Sampler
 from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer

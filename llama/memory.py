@@ -1,200 +1,24 @@
 """What each rank needs in memory, beside what it has: shown by --dry_run, checked when loading."""
 
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from llama import parallel
-from llama.batch import chunk_of
-from llama.checkpoint.weights import (
-    Source,
-    bits_of,
-    cut_of,
-    kind_of,
-    valid_shard_counts,
-    weight_shapes,
-)
+from llama.checkpoint.weights import Source, cut_of, kind_of, valid_shard_counts
 from llama.cli import counted, say
-from llama.layers import WIDENED_ROWS, computes
 from llama.options import QUANTIZATIONS, dtype_name
-from llama.quantize import GROUPS, group_bytes
+from llama.plan import Plan
 
 # What needs so much more than there is cannot run. The plan is the least: what glibc keeps of
 # freed tensors came to a quarter more in tuning on CPUs (to give it back at once made it slow).
 SURE = 1.05
 LEAST_TOKENS = 16  # of one row: the smallest work that is of use
 DEFAULTS = (512, 32)  # LLaMA.build's max_seq_len and max_batch_size, which nobody chose
-SAMPLED = 33  # bytes a logit at the peak of Sampler: five float32, ids, cumulated, compared
-
-
-def weight_bytes(
-    name: str, shape: Sequence[int], dtype: torch.dtype, quantize: str | None = None
-) -> int:
-    """The size in memory of a weight, or of a part of this shape; in dtype where not quantised.
-
-    Raises ValueError for a part that does not divide into groups.
-    """
-    bits = bits_of(name, quantize) if quantize else 0
-    if not bits:
-        return math.prod(shape) * dtype.itemsize
-    for group in GROUPS[bits]:
-        if shape[1] % group == 0:
-            return math.prod(shape) // group * group_bytes(bits, group)
-    raise ValueError(
-        f"--quantize {quantize}: {name} has {shape[1]} inputs a rank, which groups of "
-        f"{GROUPS[bits][-1]} do not divide; take fewer ranks, or leave it out"
-    )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each of n ranks needs, in bytes, to run bsz rows of seqlen tokens at once.
-
-    seqlen: with num_virtual_tokens of a soft prompt. offload: layers whose
-    matrices stay in host memory. learned: tokens of a row that have a loss in tuning; None: all.
-    """
-
-    ckpt: Source
-    n: int
-    dtype: torch.dtype
-    bsz: int
-    seqlen: int
-    device: torch.device
-    quantize: str | None = None
-    offload: int = 0
-    tuning: bool = False
-    gradient_checkpointing: bool = False
-    num_virtual_tokens: int = 0
-    learned: int | None = None
-
-    def _parts(self, name: str = "") -> Iterator[tuple[str, int]]:
-        """Each weight whose name begins so, with the size of a rank's part of it."""
-        ckpt = self.ckpt
-        as_it_is = self.quantize == ckpt.quantize
-        shapes = ckpt.shapes if as_it_is else weight_shapes(ckpt.args)  # of quantised ones bytes
-        for found, shape in shapes.items():
-            if found.startswith(name):
-                part = cut_of(found, ckpt.args, self.n).shape(shape)
-                size = math.prod(part) * ckpt.dtype_of(found, self.dtype).itemsize
-                if not as_it_is:
-                    size = weight_bytes(found, part, self.dtype, self.quantize)
-                yield found, size
-
-    @property
-    def numbers(self) -> str:
-        """What numbers the weights are of, for people."""
-        dtype = dtype_name(self.dtype)
-        return f"{self.quantize} and {dtype}" if self.quantize else dtype
-
-    @property
-    def mapped(self) -> int:
-        """Of weights that stay files mapped into memory: the kernel drops and reads them again."""
-        if self.device.type != "cpu":
-            return 0
-        stays = (
-            size
-            for name, size in self._parts()
-            if not (self.quantize and bits_of(name, self.quantize))
-            and self.ckpt.stays_mapped(name, self.n, self.dtype)
-        )
-        return sum(stays)
-
-    @property
-    def pinned(self) -> int:
-        """Of weights that stay in host memory beside a card."""
-        parts = self._parts("layers.0.")
-        layer = sum(size for name, size in parts if kind_of(name).cut is not None)
-        return self.offload * layer if self.device.type != "cpu" else 0
-
-    @property
-    def weights(self) -> int:
-        """Of weights in the rank's own memory, with the two buffers through which others come."""
-        buffers = 2 * self.pinned // max(self.offload, 1)
-        return sum(size for _, size in self._parts()) - self.mapped - self.pinned + buffers
-
-    @property
-    def cache(self) -> int:
-        """Of keys and values (KVCache); none in tuning."""
-        args = self.ckpt.args
-        kv_dim = args.n_local_kv_heads(self.n) * args.head_dim
-        numbers = 2 * args.n_layers * self.bsz * self.seqlen * kv_dim
-        return 0 if self.tuning else numbers * self.dtype.itemsize
-
-    @property
-    def soft_prompt(self) -> int:
-        """Of the soft prompt, float32; in tuning with its gradient and AdamW's two means."""
-        return (16 if self.tuning else 4) * self.num_virtual_tokens * self.ckpt.args.dim
-
-    @property
-    def activations(self) -> int:
-        """Of what a prefill of all rows, or a step of tuning, holds at its peak beside all else.
-
-        Counted from what Transformer allocates. Sizes: d, q, kv, f of a token's states, queries,
-        keys and FFN on this rank, b bytes a number.
-        """
-        args, b = self.ckpt.args, self.dtype.itemsize
-        positions = self.seqlen if self.tuning else min(self.seqlen, chunk_of(self.bsz))
-        tokens = self.bsz * positions  # in one pass
-        d, q, f = args.dim, args.q_dim // self.n, args.hidden_dim // self.n
-        kv = args.n_local_kv_heads(self.n) * args.head_dim
-        on_cpu = self.device.type == "cpu"
-        # Products by way of float32, a few rows of the matrix at a time: see layers.linear().
-        widened = on_cpu and not computes(self.dtype)  # attention too
-        by_float = self.quantize is not None or widened
-        # Keys and values: see attend().
-        repeated = kv < q and (widened or b == 4 or positions < self.seqlen)
-        block = 4 * WIDENED_ROWS * (tokens + f) if by_float else 0
-        if not self.tuning:
-            # Embeddings, the layer's input, the same after attention, normed; gate, up, silu, and
-            # the product of both, or what it is multiplied to by way of float32.
-            ffn = 4 * d * b + 4 * f * b
-            if by_float:
-                ffn = max(ffn, 5 * d * b + 3 * f * b + 4 * f)
-            # Queries, keys, values; queries and keys together, in float32, turned, and as before.
-            turned = b + 4 if b == 4 else b + 4 + 4 + b
-            # Then the first are left, and what attend() repeats, and its output.
-            looks = (q + 2 * q * self.seqlen // positions) * b * repeated
-            attention = (3 * d + q + 2 * kv) * b + max((q + kv) * turned, looks)
-            angles = 8 + 6 * args.head_dim  # positions, float32 angles, complex64 turns
-            prefill = tokens * (angles + max(ffn, attention)) + block
-            return max(prefill, self.bsz * args.vocab_size * SAMPLED)
-        # RMSNorm on a CPU keeps its input in float32; a copy, where that is not what there is.
-        normed = 4 if on_cpu else b
-        # What autograd keeps of a layer: inputs of both norms; turned queries and keys, values,
-        # attention's output and its float32 log-sums; gate, up, silu. Or the layer's input alone.
-        attended = 2 * (q + (q if repeated else kv)) * (4 if widened else b)
-        kept = 2 * d * normed + attended + 4 * q // args.head_dim + 3 * f * b
-        recomputed = args.n_layers if self.gradient_checkpointing else self.offload
-        layers = recomputed * d * b + (args.n_layers - recomputed) * kept
-        embeddings = d * b if normed != b and not recomputed else 0
-        # At the loss: the last norm's input and output, logits and their softmax in float32.
-        of_row = self.seqlen - self.num_virtual_tokens
-        learned = self.bsz * min(of_row if self.learned is None else self.learned, of_row)
-        prompts = 4 * self.bsz * self.num_virtual_tokens * d  # PEFT's, one for each row
-        logits = 2 * learned * args.vocab_size // self.n * 4
-        loss = tokens * (d * normed + d * b) + logits + prompts
-        # In the last layer's backward pass: the gradient of its output; of the product, and of
-        # both that were multiplied, or of one by way of float32, in two halves of a sum.
-        backward = tokens * (d * b + max(3 * f * b, 8 * f if by_float else 0)) + block
-        if recomputed:
-            backward += tokens * (kept - (d * b if normed == b else 0))
-        forward = tokens * (4 * d * b + (f + d) * b + 4 * f) + block if by_float else 0
-        return tokens * (layers + embeddings) + max(loss, backward, forward)
-
-    @property
-    def total(self) -> int:
-        """All of it; mapped files and pinned host memory apart."""
-        return self.weights + self.cache + self.activations + self.soft_prompt
-
-    def but(self, **changes: Any) -> "Plan":
-        """The same with changes."""
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -238,14 +62,16 @@ def check_generation(full: Plan, chosen: bool) -> None:
         say(f"{path}: {_shortage(full, free, work)}")
 
 
-def check_tuning(plan: Plan, rows: Sequence[dict[str, torch.Tensor]]) -> None:
+def check_tuning(plan: Plan, rows: Sequence[dict[str, torch.Tensor]]) -> bool:
     """Raise ValueError, before anything is loaded, where the rows cannot be trained on.
+
+    Return whether FFNs are to be recomputed: there is too little memory to hold what they compute.
 
     The longest row comes in every epoch, and its batch is padded to it: that must fit, with as
     many learned tokens as rows have on average. If it would not with most of them, that is said.
     """
     if plan.n not in valid_shard_counts(plan.ckpt.args):
-        return  # which loading refuses
+        return True  # which loading refuses
     free, bsz = Free.now(plan.device), min(plan.bsz, len(rows))
     longest = plan.num_virtual_tokens + max(len(row["input_ids"]) for row in rows)
     learned = sorted(int((row["labels"] >= 0).sum()) for row in rows)
@@ -255,6 +81,7 @@ def check_tuning(plan: Plan, rows: Sequence[dict[str, torch.Tensor]]) -> None:
     most = usual.but(learned=math.ceil(sum(learned[-bsz:]) / bsz))
     if not free.holds(most):
         say(f"{plan.ckpt.path}: {_shortage(most, free, f'{work}, the most learned together,')}")
+    return not free.holds(most.but(recompute_ffn=False))
 
 
 def _refuse_unless(free: Free, plan: Plan, work: str) -> None:

@@ -1,9 +1,10 @@
 """The LLaMA transformer on fairscale's layers: one class for cached generation and for training."""
 
-import copy
 import math
 import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama.cache import KVCache, padding_mask
 from llama.layers import (
     ColumnParallelLinear,
     ParallelEmbedding,
@@ -20,6 +22,8 @@ from llama.layers import (
     column_parallel,
     computes,
 )
+
+RECOMPUTED_TOGETHER = 2  # layers: the input of the first is held, in backward what they compute
 
 
 @dataclass
@@ -133,97 +137,6 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
 
 
-class KVCache:
-    """Keys and values of so many rows, each of just the length that the longest needs.
-
-    Before each pass advance() says where its keys and values go; then each layer calls update().
-    A pass over some of the rows takes the narrow() of them.
-    """
-
-    def __init__(self, model: "Transformer", bsz: int, max_len: int) -> None:
-        weight = model.norm.weight
-        shape = (model.args.n_layers, 2, bsz, max_len, model.n_local_kv_heads, model.args.head_dim)
-        # Zeros: what a row has not written yet is masked, but 0 times NaN would still be NaN. What
-        # an earlier prompt left is finite: the first logits that are not have ended the run.
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device).unbind(0)
-        self.rows = torch.arange(bsz, device=weight.device)[:, None]  # (bsz, 1)
-        self.end = 0  # of what any row has written
-        self.place: tuple = ()  # index into (bsz, max_len) of what the pass writes
-
-    def narrow(self, start: int, bsz: int) -> "KVCache":
-        """The cache of bsz rows from start on, in the same memory."""
-        if bsz == len(self.rows):
-            return self
-        part = copy.copy(self)
-        part.layers = tuple(layer[:, start : start + bsz] for layer in self.layers)
-        part.rows = self.rows[:bsz]
-        return part
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first positions of a row, so many, over those of another."""
-        for layer in self.layers:
-            layer[:, target, :length] = layer[:, source, :length]
-
-    def advance(
-        self, start_pos: list[int], seqlen: int, starts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Have the next pass write row i at start_pos[i] onward; starts: that on the device.
-
-        Returns its positions (bsz, seqlen), and where its queries may look, (bsz, 1, seqlen, end):
-        of one row for all at the same place; None for everything (one token), or is_causal.
-        """
-        starts = torch.tensor(start_pos, device=self.rows.device) if starts is None else starts
-        positions = starts[:, None] + torch.arange(seqlen, device=starts.device)
-        first, last = min(start_pos), max(start_pos)
-        self.end = last + seqlen
-        if first == last:  # all rows are at the same place
-            self.place = (slice(None), slice(first, self.end))
-            if seqlen == 1 or first == 0:
-                return positions, None
-            positions = positions[:1]
-        else:
-            self.place = (self.rows, positions)
-        seen = torch.arange(self.end, device=starts.device) <= positions[:, None, :, None]
-        return positions, added_to_scores(seen, self.layers[0].dtype)
-
-    def update(self, layer: int, xk: Tensor, xv: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (bsz, seqlen, n_local_kv_heads, head_dim).
-
-        Returns all keys and values so far, (bsz, end, n_local_kv_heads, head_dim) each.
-        """
-        keys, values = self.layers[layer]
-        keys[self.place] = xk
-        values[self.place] = xv
-        return keys[:, : self.end], values[:, : self.end]
-
-
-def added_to_scores(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of the same shape: 0 where a query may look, else minus infinity.
-
-    Made once a pass, in rows of 16 numbers, as cards take them: else each layer makes its own.
-    """
-    end = seen.shape[-1]
-    shape = (*seen.shape[:-1], -(-end // 16) * 16)
-    mask = torch.zeros(shape, dtype=dtype, device=seen.device)[..., :end]
-    return mask.masked_fill_(~seen, -torch.inf)
-
-
-def padding_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Where a query may look in whole sequences, (bsz, 1, seqlen, seqlen); None for causal alone.
-
-    attention_mask (bsz, seqlen) is 0 on padding.
-    """
-    # Padding on the right needs no mask: causal attention never looks there.
-    if attention_mask is None or not (attention_mask.diff(dim=1) > 0).any():
-        return None
-    seqlen, device = attention_mask.shape[1], attention_mask.device
-    causal = torch.ones(seqlen, seqlen, dtype=torch.bool, device=device).tril()
-    mask = causal & attention_mask.bool()[:, None, None, :]
-    # A padded position looks at itself: a softmax over nothing would be NaN.
-    seen = mask | torch.eye(seqlen, dtype=torch.bool, device=device)
-    return added_to_scores(seen, dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query attention; a rank holds its own query heads and the KV heads they read."""
 
@@ -248,11 +161,13 @@ class Attention(nn.Module):
         )
         # Together: a step of one token is made of few numbers and many calls.
         n_heads, n_kv_heads = xq.shape[2], xk.shape[2]
-        rotated = apply_rotary_emb(torch.cat((xq, xk), 2), freqs_cis)
+        xqk = torch.cat((xq, xk), 2)
+        del xq, xk  # of a prompt they take memory
+        xqk = apply_rotary_emb(xqk, freqs_cis)
         # 0, or NaN where a query or key is NaN or infinite: torch's attention on CPUs gives 0 for
         # scores that are NaN, and the model would go on without that layer.
-        broken = (rotated * 0).sum((1, 2, 3))[:, None, None]  # (bsz, 1, 1)
-        xq, xk = rotated.split((n_heads, n_kv_heads), 2)
+        broken = (xqk * 0).sum((1, 2, 3))[:, None, None]  # (bsz, 1, 1)
+        xq, xk = xqk.split((n_heads, n_kv_heads), 2)
         if cache is not None:
             xk, xv = cache.update(self.layer, xk, xv)
         output = attend(xq, xk, xv, mask)
@@ -307,7 +222,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after a norm and around a residual."""
 
-    recompute = False  # in backward rather than hold its weights and activations: see Offload
+    offloaded = False  # its matrices are here only while it runs: see Offload
 
     def __init__(self, layer: int, args: ModelArgs) -> None:
         super().__init__()
@@ -317,10 +232,30 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(
-        self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        recompute_ffn: bool = False,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), freqs_cis, mask, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + (recomputed(self._ffn, x) if recompute_ffn else self._ffn(x))
+
+    def _ffn(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(x))
+
+
+def run(layers: Sequence[TransformerBlock], x: Tensor, *args: Any) -> Tensor:
+    """Apply layers one after the other."""
+    for layer in layers:
+        x = layer(x, *args)
+    return x
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call a function, of which autograd then holds the arguments alone, and calls it again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Transformer(nn.Module):
@@ -330,7 +265,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.n_local_kv_heads = args.n_local_kv_heads(mpu.get_model_parallel_world_size())
+        # What training computes twice rather than hold: layers, two at a time (Chen et al., 2016);
+        # or of each the FFN, most of what it would hold (Korthikanti et al., 2022).
         self.gradient_checkpointing = False
+        self.recompute_ffn = True
         self.tok_embeddings = ParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -371,6 +309,7 @@ class Transformer(nn.Module):
             h = self.tok_embeddings(input_ids)  # (bsz, seqlen, dim)
         else:
             h = inputs_embeds.to(self.norm.weight.dtype)
+            del inputs_embeds  # or it would be in memory as long as this runs
         seqlen = h.shape[1]
         if cache is None:
             positions = torch.arange(seqlen, device=h.device)[None]  # (1, seqlen)
@@ -378,12 +317,21 @@ class Transformer(nn.Module):
         else:
             positions, mask = cache.advance(start_pos or [0] * len(h), seqlen, starts)
         freqs_cis = self.rotations(positions)[..., None, :]  # (…, seqlen, 1, head_dim / 2)
-        for layer in self.layers:
-            if (self.gradient_checkpointing or layer.recompute) and torch.is_grad_enabled():
-                h = checkpoint(layer, h, freqs_cis, mask, cache, use_reentrant=False)
+        trained = torch.is_grad_enabled()
+        for layers in self._recomputed_together():
+            if trained and (self.gradient_checkpointing or layers[0].offloaded):
+                h = recomputed(run, layers, h, freqs_cis, mask, cache)
             else:
-                h = layer(h, freqs_cis, mask, cache)
+                h = run(layers, h, freqs_cis, mask, cache, trained and self.recompute_ffn)
         return self.norm(h)
+
+    def _recomputed_together(self) -> list[list[TransformerBlock]]:
+        """The layers in groups, of which a backward pass computes one after the other anew."""
+        layers: list[Any] = list(self.layers)
+        # An offloaded layer's matrices are gone when those of the one behind the next come.
+        alone = any(layer.offloaded for layer in layers) or not self.gradient_checkpointing
+        n = 1 if alone else RECOMPUTED_TOGETHER
+        return [layers[i : i + n] for i in range(0, len(layers), n)]
 
     def rotations(self, positions: Tensor) -> Tensor:
         """Compute by what rotary pairs are turned at positions (…), complex (…, head_dim / 2)."""

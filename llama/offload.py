@@ -67,7 +67,7 @@ class Offload:
         self.stream = self.api.Stream()
         self.filled = [self.api.Event(), self.api.Event()]
         for i, layer in enumerate(layers):
-            layer.recompute = True  # type: ignore[assignment]  # see TransformerBlock
+            layer.offloaded = True  # type: ignore[assignment]  # see TransformerBlock
             layer.register_forward_pre_hook(functools.partial(self._take_turn, i))
 
     def _take_turn(self, i: int, *_: object) -> None:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from llama import LLaMA, cli, parallel
+from llama.cache import KVCache
 from llama.checkpoint.formats import open_any
 from llama.generation import load_model
-from llama.model import KVCache
 from llama.options import SamplingParams
 from llama.prompts import read_prompts
 from llama.sampling import Sampler

@@ -6,10 +6,10 @@ from conftest import make_params
 from random_model import random_source
 
 from llama import layers, parallel
+from llama.cache import KVCache
 from llama.checkpoint.quantized import quantized
 from llama.decoder import Decoder
 from llama.generation import load_model
-from llama.model import KVCache
 
 KINDS = ["float32", "bfloat16", "float16", "int8", "int4"]
 LENGTHS = [3, 9, 1, 5, 2, 7, 8, 4]  # of the rows' prompts

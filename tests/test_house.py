@@ -15,6 +15,7 @@ GROUND = [
     "cli",
     "options",
     "files",
+    "cache",
     "model",
     "decoder",
     "offload",
@@ -34,7 +35,17 @@ CHECKPOINT += [
     "modelfile",
 ]
 CHECKPOINT += ["baked", "convert", "embeds"]
-GENERATION = ["sampling", "output", "batch", "memory", "generation", "prompts", "chat", "terminal"]
+GENERATION = [
+    "sampling",
+    "output",
+    "batch",
+    "plan",
+    "memory",
+    "generation",
+    "prompts",
+    "chat",
+    "terminal",
+]
 TUNING = ["options", "adapter", "data", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
 ORDER += [f"tuning.{name}" for name in TUNING]

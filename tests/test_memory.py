@@ -12,12 +12,13 @@ from random_model import random_source
 
 import split_model
 from llama import LLaMA, memory, parallel
+from llama.cache import KVCache
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.gguf import GGUFFile
 from llama.checkpoint.quantized import quantized
 from llama.generation import load_model
-from llama.memory import Free, Plan, check_generation, check_tuning, ways_to_fit, weight_bytes
-from llama.model import KVCache
+from llama.memory import Free, check_generation, check_tuning, ways_to_fit
+from llama.plan import Plan, weight_bytes
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 SIZES = {"vocab_size": 512, "n_kv_heads": 2}
@@ -88,20 +89,21 @@ def peak_of(work) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_a_step_of_tuning_allocates(tmp_path, checkpointing):
+@pytest.mark.parametrize("kept", ["nothing", "attention", "all"])
+def test_activations_are_what_a_step_of_tuning_allocates(tmp_path, kept):
     from llama.tuning.model import add_soft_prompt
 
     sizes = SIZES | {"dim": 128, "multiple_of": 384}
     ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", **sizes))
     transformer = load_model(ckpt, parallel.setup())
-    transformer.gradient_checkpointing = checkpointing
+    recompute = {"gradient_checkpointing": kept == "nothing", "recompute_ffn": kept != "all"}
+    vars(transformer).update(recompute)
     model = add_soft_prompt(transformer, 8, None, "")
     ids = torch.ones(8, 120, dtype=torch.long)
     step = lambda: model(input_ids=ids, attention_mask=ids, labels=ids).loss.backward()  # noqa: E731
     step()
-    tuning = {"tuning": True, "num_virtual_tokens": 8, "gradient_checkpointing": checkpointing}
-    plan = plan_of(ckpt, 1, torch.float32, 8, 128, **tuning)
+    tuning = {"tuning": True, "num_virtual_tokens": 8}
+    plan = plan_of(ckpt, 1, torch.float32, 8, 128, **tuning, **recompute)
     assert plan.activations == pytest.approx(peak_of(step), rel=0.05)
 
 
@@ -111,8 +113,8 @@ def test_activations_are_what_a_prefill_allocates(tmp_path):
 
     @torch.inference_mode()
     def prefill() -> None:
-        h = model.tok_embeddings(torch.ones(8, 200, dtype=torch.long))
-        model.hidden_states(inputs_embeds=h, cache=KVCache(model, 8, 200))
+        ids, cache = torch.ones(8, 200, dtype=torch.long), KVCache(model, 8, 200)
+        model.hidden_states(inputs_embeds=model.tok_embeddings(ids), cache=cache)
 
     plan = plan_of(ckpt, bsz=8, seqlen=200)
     assert plan.cache + plan.activations == pytest.approx(peak_of(prefill), rel=0.05)
@@ -168,12 +170,16 @@ def test_tuning_is_refused_where_its_longest_rows_cannot_be_trained_on(monkeypat
     rows = [{"input_ids": ids, "labels": labels}] * 6
     asked = plan.but(bsz=6, seqlen=100, learned=20)
     monkeypatch.setattr(Free, "now", lambda _: Free(asked.total - 1, 0))
-    check_tuning(plan, rows)  # as sure as the plan is exact
+    assert check_tuning(plan, rows)  # as sure as the plan is exact; FFNs are recomputed
     monkeypatch.setattr(Free, "now", lambda _: Free(asked.total / 1.06, 0))
     with pytest.raises(
-        ValueError, match=r"batches of 6 rows of 100 tokens .*; what fits: .*--gradient_"
+        ValueError, match=r"batches of 6 rows of 100 tokens .*; what fits: .*--quantize "
     ):
         check_tuning(plan, rows)
+    roomy = asked.but(recompute_ffn=False).total
+    for free, recompute_ffn in ((roomy - 1, True), (roomy, False)):
+        monkeypatch.setattr(Free, "now", lambda _, free=free: Free(free, 0))
+        assert check_tuning(plan, rows) == recompute_ffn
 
 
 @pytest.mark.parametrize("version", [1, 2])

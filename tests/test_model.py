@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import cut_by_vocabulary, hf_reference, make_ckpt, make_params, small_params
 
+from llama.cache import KVCache
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.weights import valid_shard_counts
-from llama.model import KVCache, ModelArgs
+from llama.model import ModelArgs
 
 SHAPES = {
     "heads = kv heads": {"n_kv_heads": 8},

@@ -11,9 +11,9 @@ from conftest import TOKENIZERS, make_ckpt
 import example
 import example_ft
 import ft_main
+from llama.cache import KVCache
 from llama.checkpoint.formats import open_any
 from llama.generation import load_model
-from llama.model import KVCache
 from llama.offload import Offload, bus_speed, layers_to_offload
 from llama.options import GenerationOptions, TunedGenerationOptions
 from llama.tuning.model import add_soft_prompt, soft_prompt_of

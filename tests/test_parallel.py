@@ -99,7 +99,7 @@ def test_a_rank_that_waits_says_for_whom(tmp_path):
     result = run_program(tmp_path, 3, programs.come_late)
     assert (result.returncode, result.stdout) == (0, '"met"\n')
     assert result.stderr.count(": waiting for rank 1 to wake up") == 1
-    assert "waiting for rank 2" not in result.stderr
+    assert "waiting for rank 2 to wake up" not in result.stderr
 
 
 def test_nothing_that_may_ask_for_cards_is_imported_before_a_rank_has_its_own(tmp_path, on_ranks):

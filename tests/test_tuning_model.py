@@ -7,6 +7,7 @@ import torch
 from conftest import TOKENIZERS, hf_model, make_ckpt, make_params
 from random_model import random_source
 
+from llama import layers
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.write import write_checkpoint
 from llama.tuning.adapter import load_soft_prompt, save_adapter
@@ -39,6 +40,28 @@ def test_gradient_equals_peft_over_hugging_face(tmp_path, on_ranks, n, checkpoin
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     difference = torch.tensor(found["gradient"]) - weight.grad
     assert difference.norm() <= 1e-5 * weight.grad.norm()
+
+
+def test_what_is_recomputed_changes_no_bit_and_sums_over_no_ranks_twice(tmp_path, monkeypatch):
+    ckpt_dir, ids = make_ckpt(tmp_path / "ckpt", n_layers=3, **MODEL), torch.arange(40).view(2, 20)
+    found, sums = [], []
+    reduce = layers.reduce_from_model_parallel_region
+    monkeypatch.setattr(
+        layers, "reduce_from_model_parallel_region", lambda x: (sums.append(x), reduce(x))[1]
+    )
+    for checkpointing, recompute_ffn in ((False, False), (False, True), (True, True)):
+        model = programs.load(ckpt_dir)
+        model.gradient_checkpointing, model.recompute_ffn = checkpointing, recompute_ffn
+        tuned = add_soft_prompt(model, 4, [7, 8], "ckpt")
+        loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append((loss, soft_prompt_of(tuned).grad))
+        # two a layer; of layers recomputed two together all but the last of the two
+        assert len(sums) == (6 + 4 if checkpointing else 6)
+        sums.clear()
+    for loss, gradient in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
 
 
 def test_p_tuning_goes_through_the_same_model(tmp_path):

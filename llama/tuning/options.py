@@ -54,7 +54,8 @@ class TuningOptions:
         logging_steps: steps between logged losses.
         resume: go on from the newest checkpoint in output_dir, which all machines must see.
         train_on_inputs: learn the instructions too, not the answers alone.
-        gradient_checkpointing: compute activations twice rather than hold them.
+        gradient_checkpointing: compute all activations twice rather than hold them; without it
+            those of FFNs, where memory is too short for them.
         seed: of the order of rows, the rows held out and a random start.
         dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
         quantize: int8 or int4: hold the model's matrices in 8 or 4 bits; the prompt is not.
