@@ -133,23 +133,28 @@ def n_cores() -> int:
 
 def environment(ranks: int) -> dict[str, str]:
     """The variables of a side: all cores, and no rank more of them than another."""
-    paths = f"{REPO}:{Path(__file__).parent}"
+    others = os.environ.get("PYTHONPATH", "")  # where packages may lie
+    paths = f"{REPO}:{Path(__file__).parent}:{others}".removesuffix(":")
     n_threads = str(max(1, n_cores() // ranks))
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": n_threads, "HF_HUB_OFFLINE": "1"}
+
+
+def command_of(script: Path, *flags: object, ranks: int | None = None) -> list[str]:
+    """The command that runs a script in this Python: plain, or with torchrun over some ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", ranks]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return list(map(str, [sys.executable, *(torchrun if ranks else []), script, *flags]))
 
 
 class Side:
     """A process of sides.py, or several ranks of it."""
 
     def __init__(self, name: str, path: Path, dtype: str, ranks: int, log: Path) -> None:
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", ranks]
-        torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), SIDES_PY]
-        command += ["--side", name, "--path", path, "--dtype", dtype]
+        flags = ["--side", name, "--path", path, "--dtype", dtype]
         self.name, self.log = name, log
         with log.open("w") as stderr:
             self.process = subprocess.Popen(
-                list(map(str, command)),
+                command_of(SIDES_PY, *flags, ranks=ranks if ranks > 1 else None),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

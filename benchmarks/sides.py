@@ -27,9 +27,12 @@ def prompt_of(length: int) -> list[int]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    """How long some work takes, until the device is done with it."""
+    from llama import parallel
+
+    start = parallel.now()
     work()
-    return time.perf_counter() - start
+    return parallel.now() - start
 
 
 class Llama:
@@ -63,10 +66,10 @@ class Llama:
         work = lambda: self.generator.generate(prompts, steps + 1, temperature=0)  # noqa: E731
         return bsz * steps / self._timing(work).generated_seconds
 
-    def prefill(self, length: int) -> float:
-        prompts = [prompt_of(length)]
+    def prefill(self, length: int, bsz: int = 1) -> float:
+        prompts = [prompt_of(length)] * bsz
         work = lambda: self.generator.generate(prompts, 1, temperature=0)  # noqa: E731
-        return length / self._timing(work).prompt_seconds
+        return bsz * length / self._timing(work).prompt_seconds
 
     def decode_behind(self, length: int, steps: int) -> float:
         """As decode, for one text after so many tokens, which are read the first time only."""
@@ -132,13 +135,15 @@ def bare_collectives(model: Any, bsz: int) -> Callable[[], None]:
     return work
 
 
-def tuning_step(model: Any, vocab_size: int) -> Callable[[], None]:
+def tuning_step(
+    model: Any, vocab_size: int, bsz: int = TUNING_BSZ, length: int = TUNING_LEN
+) -> Callable[[], None]:
     """A step of prompt tuning: forward, backward, AdamW; labels on the second half of each text."""
     import torch
 
-    ids = torch.randint(vocab_size, (TUNING_BSZ, TUNING_LEN))
+    ids = torch.randint(vocab_size, (bsz, length), device=model.device)
     labels = ids.clone()
-    labels[:, : TUNING_LEN // 2] = -100
+    labels[:, : length // 2] = -100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def work() -> None:
