@@ -1,5 +1,7 @@
 VENV := .venv
 PYTHON ?= python3
+# of a machine with cards: the one that is named, or else .venv's where there is one
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)),$(PYTHON))
 PIP := $(VENV)/bin/pip install --quiet -c constraints.txt
 DEMO := ckpts/SmolLM2-135M-Instruct
 # one thread a rank: the demo's three share few cores
@@ -9,7 +11,8 @@ MINUTES ?= 20
 QUESTIONS := --prompts_file llama/example_questions.jsonl --max_gen_len 80
 BAKED := saved/short_answers_gguf
 
-.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest bench lint clean
+.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest bench check-gpu \
+	lint clean
 
 # show these lines
 help:
@@ -83,6 +86,10 @@ test-oldest: $(VENV)/installed
 # speed and memory beside llama.cpp, transformers and PEFT; a table, JSON and a plot in bench/
 bench: $(DEMO)/params.json
 	$(VENV)/bin/python benchmarks/bench.py --ckpt_dir $(DEMO)
+
+# whether all of it works on this machine's cards, and how fast: gpu-report.json, and a table to send
+check-gpu:
+	$(GPU_PYTHON) benchmarks/check_gpu.py
 
 # style and types
 lint: $(VENV)/installed
