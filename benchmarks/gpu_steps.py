@@ -22,13 +22,15 @@ from reshard import TOKENIZER
 from sides import Llama, prompt_of, seconds, tuning_step
 
 from llama import LLaMA, Tokenizer, cli, parallel
+from llama.cache import KVCache
 from llama.checkpoint.weights import EMBEDDING, OUTPUT, cut_of
 from llama.checkpoint.write import write_checkpoint
 from llama.files import load_plain, write_whole
 from llama.generation import load_model
-from llama.memory import Free, Plan
-from llama.model import KVCache
+from llama.memory import Free
+from llama.model import Transformer
 from llama.options import dtype_name
+from llama.plan import Plan
 
 # It cuts for 1, 2, 4 and 8 cards, quantised too.
 SMALL = {"dim": 128, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "head_dim": 32}
@@ -243,7 +245,7 @@ class Speed:
         self.tune(plan.but(bsz=4, seqlen=length), model)
         return self.found
 
-    def tune(self, plan: Plan, model: torch.nn.Module) -> None:
+    def tune(self, plan: Plan, model: Transformer) -> None:
         """Measure steps of prompt tuning, with half of each text learned."""
         from llama.tuning.model import add_soft_prompt  # slow to import
 
@@ -253,6 +255,9 @@ class Speed:
         # Backward, to the input alone, takes as much as forward; attention's twice as much.
         about = {"unit": "steps/s", "flop": 2 * products + 3 * attention}
         plan = plan.but(tuning=True, num_virtual_tokens=VIRTUAL, learned=learned)
+        # as ft_main.py does
+        model.recompute_ffn = not self.free.holds(plan.but(recompute_ffn=False))
+        plan = plan.but(recompute_ffn=model.recompute_ffn)
         tuned = add_soft_prompt(model, VIRTUAL, None, "random weights")
         step = tuning_step(tuned, self.source.args.vocab_size, plan.bsz, text)
         name = f"tuning, {plan.bsz} × {plan.seqlen}"
