@@ -11,8 +11,8 @@ MINUTES ?= 20
 QUESTIONS := --prompts_file llama/example_questions.jsonl --max_gen_len 80
 BAKED := saved/short_answers_gguf
 
-.PHONY: help install demo demo-ft demo-anywhere test fuzz faults test-oldest bench check-gpu \
-	lint clean
+.PHONY: help install demo demo-ft demo-anywhere test check-cuda fuzz faults test-oldest bench \
+	check-gpu lint clean
 
 # show these lines
 help:
@@ -65,8 +65,12 @@ $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
 
 # lint, then run all tests, on the CPU and offline, two files at a time
-test: lint
+test: lint check-cuda
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+# prove what a CPU can of the path on GPUs: devices, collectives, waits, memory, on a pretended card
+check-cuda: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 tests/check_cuda.py
 
 # attack all that reads files, with new seeds, for MINUTES; what fails is kept in fuzz-failed/
 fuzz: $(VENV)/installed

@@ -9,7 +9,6 @@ answered by a Driver.
 """
 
 import contextlib
-import gc
 import os
 import sys
 import types
@@ -17,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_flatten
 
 import llama
 from llama import parallel
-from llama.checkpoint.weights import Source, cut_of
 
-aten = torch.ops.aten
+aten, _has_kernel = torch.ops.aten, torch._C._dispatch_has_kernel_for_dispatch_key
+_LIBRARY = torch.library.Library("aten", "IMPL")
 TOKEN = 7  # what is chosen while a Watcher is told no other
 NCCL_DTYPES = {
     *(torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
@@ -56,6 +56,8 @@ def _register_card() -> torch.device:
     for name in ("Stream", "Event", "stream", "current_stream"):  # which do nothing
         setattr(module, name, getattr(torch.cpu, name))
     backend_registration._setup_privateuseone_for_python_backend("pretend", module)
+    # One kernel on a card; on a device that has none torch makes it of several.
+    _LIBRARY.impl("silu_backward", lambda gradient, x: torch.empty_like(x), "PrivateUse1")
     return torch.device("pretend", 0)
 
 
@@ -150,7 +152,8 @@ class Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "aten":  # inference_mode hands on operations that consist of others
+        # inference_mode hands on operations that consist of others
+        if func.namespace == "aten" and not _has_kernel(func.name(), "CPU"):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -202,21 +205,21 @@ class Watcher(TorchDispatchMode):
             self.ledger.note_peak(**{f"flat buffer of all_gather, {place_of(func)}": size})
 
     def _check_transfer(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> None:
-        """Count what makes the host wait for the card, or leaves it."""
+        """Count what makes the host wait for the card."""
         if func.overloadpacket in (aten.index, aten.index_put_, aten._index_put_impl_):
             # A card takes indices from the CPU, and waits for them.
             if any(i is not None and i.device != args[0].device for i in args[1]):
                 self.waits["index", place_of(func)] += 1
+            values = args[2].numel() if len(args) > 2 else 1
+            if values > 1 and any(_is_mask(i) for i in args[1]):  # of one value it makes a where
+                self.waits["count", place_of(func)] += 1
         elif func in (aten._to_copy.default, aten.copy_.default):
-            if func is aten.copy_.default:
-                target, source = args[0].device, args[1].device
-            else:
-                source = args[0].device
-                target = torch.device(kwargs.get("device") or source)
-            if {source.type, target.type} == {"cpu", CARD.type}:
-                self.waits[
-                    "to the card" if source.type == "cpu" else "from it", place_of(func)
-                ] += 1
+            source = args[1 if func is aten.copy_.default else 0].device
+            target = torch.device(kwargs.get("device") or args[0].device)
+            at_once = not (kwargs.get("non_blocking") or True in args[2:])
+            if source != target and at_once:
+                way = "to the card" if target == CARD else "from the card"
+                self.waits[way, place_of(func)] += 1
 
     def _all_of(
         self, x: torch.Tensor, mask: torch.Tensor, func: torch._ops.OpOverload
@@ -259,13 +262,11 @@ class Watcher(TorchDispatchMode):
 
 
 def _as_scores_take_it(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as the efficient kernel adds it to scores; a new one if its own rows are no multiple
-    of 16 numbers, or are booleans."""
+    """What the efficient kernel adds to scores: for booleans or unaligned rows another mask."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf).to(dtype)
     if any(stride % 16 for stride in mask.stride()[:-1]):
-        n = mask.shape[-1]
-        mask = F.pad(mask, (0, -n % 16))[..., :n]
+        mask = F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
     return mask
 
 
@@ -299,32 +300,36 @@ def rms_norm(x, shape, weight, eps):
 
 
 class Driver:
-    """What torch.cuda tells: some cards, and whether CUDA_VISIBLE_DEVICES was read already."""
+    """What the driver of some cards says; their UUIDs are GPU-0, GPU-1 …"""
 
-    def __init__(self, cards: int, read_before: bool = False, too_old: bool = False) -> None:
-        self.cards, self.too_old = cards, too_old
-        self.seen = self._visible() if read_before else None
-        self.in_use: int | None = None  # the card of set_device()
+    def __init__(self, cards: int, fault: str = "") -> None:
+        self.cards, self.fault = cards, fault
+        self.seen: int | None = None
+        self.in_use: int | None = None
 
-    def _visible(self) -> int:
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return self.cards if listed is None else len([x for x in listed.split(",") if x.strip()])
-
-    def ask(self) -> int:
-        """The cards by the driver itself, which reads the variable once."""
-        if self.too_old:
-            raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
-        self.seen = self._visible() if self.seen is None else self.seen
+    def count(self) -> int:
+        """The cards that CUDA_VISIBLE_DEVICES leaves, which is read the first time alone."""
+        if self.fault:
+            raise RuntimeError(self.fault)
+        self.seen = torch.cuda._device_count_nvml() if self.seen is None else self.seen
         return self.seen
 
-    def device_count(self) -> int:
-        """torch's own count of cards, which reads the variable anew until one is in use."""
-        return self._visible() if self.in_use is None else self.ask()
+    def use(self, card: int | torch.device) -> None:
+        """Work on a card from now on."""
+        index = card if isinstance(card, int) else card.index
+        if not 0 <= index < self.count():
+            raise RuntimeError(f"CUDA error: invalid device ordinal {index}")
+        self.in_use, torch.cuda._initialized = index, True
 
-    def set_device(self, device: int | torch.device) -> None:
-        index = torch.device("cuda", device).index if isinstance(device, int) else device.index
-        assert index < self.ask(), f"invalid device ordinal {index}"
-        self.in_use = index
+    def put_in(self, patch: pytest.MonkeyPatch) -> None:
+        """Have torch.cuda ask this driver."""
+        uuids = [f"GPU-{i}" for i in range(self.cards)]
+        patch.setattr(torch._C, "_cuda_getDeviceCount", self.count, raising=False)
+        patch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: self.cards)
+        patch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: uuids)
+        patch.setattr(torch.cuda, "set_device", self.use)
+        patch.setattr(torch.cuda, "_initialized", False)
+        patch.setattr(torch.cuda, "_cached_device_count", None)
 
 
 @contextlib.contextmanager
@@ -332,44 +337,37 @@ def rank_of_run(
     rank: int,
     world: int,
     driver: Driver,
-    visible: str | None = None,
-    local_rank: int | None = None,
-    ranks_here: int | None = None,
+    read_before: bool = False,
     others: str = "a card (another)",
+    **variables: object,
 ) -> Iterator[types.SimpleNamespace]:
-    """Run parallel.setup() as this rank under torchrun; yields its device and what nccl was told.
+    """Run parallel.setup() as a rank; yields its device and what the process group was told.
 
-    others: what the other ranks found.
+    read_before: some library has asked the driver. others: what the other ranks found. variables:
+    of the environment, beside or in place of those that torchrun gives the ranks of one machine.
     """
-    found = types.SimpleNamespace()
-    store = dist.HashStore()
+    found, store, init = types.SimpleNamespace(), dist.HashStore(), dist.init_process_group
     for other in range(world):
         store.set(f"llama/found/{other}", others)
-    init = dist.init_process_group
 
-    def fake_init(backend: str, *, device_id: torch.device | None, **group: object) -> None:
-        found.backend, found.bound_to = backend, device_id
-        assert device_id is None or device_id.index == driver.in_use, "nccl connects on another"
+    def init_fake(backend: str, *, device_id: torch.device | None, **group: object) -> None:
+        found.backend, found.bound_to, found.timeout = backend, device_id, group["timeout"]
+        found.card_in_use = driver.in_use
         init("fake", **group)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "device_count", driver.device_count)
-        patch.setattr(torch.cuda, "set_device", driver.set_device)
-        patch.setattr(torch._C, "_cuda_getDeviceCount", driver.ask, raising=False)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if world > 1 else ()
+    torchrun = dict(zip(names, map(str, (rank, world, rank, world))))
+    with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "rendezvous", lambda url: iter([(store, rank, world)]))
-        patch.setattr(dist, "init_process_group", fake_init)
+        patch.setattr(dist, "init_process_group", init_fake)
         patch.setattr(sys, "excepthook", sys.excepthook)  # which torch replaces
         patch.setattr(parallel, "_device", None)
         patch.setattr(parallel, "_store", None)
-        numbers = {"RANK": rank, "WORLD_SIZE": world}
-        numbers["LOCAL_RANK"] = rank if local_rank is None else local_rank
-        numbers["LOCAL_WORLD_SIZE"] = ranks_here or world
-        for name, value in numbers.items() if world > 1 else ():
-            patch.setenv(name, str(value))
-        if visible is None:
-            patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        driver.put_in(patch)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ.update(torchrun | {name: str(value) for name, value in variables.items()})
+        if read_before:
+            driver.count()
         try:
             found.device = parallel.setup()
             found.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -385,9 +383,9 @@ def pretended(rank: int, world: int) -> Iterator[Watcher]:
     with rank_of_run(rank, world, Driver(world)), pytest.MonkeyPatch.context() as patch:
         wait = lambda device: watcher.waits.update({("all", "parallel.now"): 1})  # noqa: E731
         patch.setattr(torch.cuda, "synchronize", wait)
-        # FakeTensorMode would believe in these cards
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        # FakeTensorMode would believe in the cards
         patch.delattr(torch._C, "_cuda_getDeviceCount")
+        patch.setattr(torch.cuda, "_initialized", False)
         patch.setattr(F, "scaled_dot_product_attention", watcher.attention)
         patch.setattr(F, "rms_norm", rms_norm)
         patch.setattr(torch, "Generator", CardGenerator)
@@ -396,41 +394,3 @@ def pretended(rank: int, world: int) -> Iterator[Watcher]:
         patch.setattr(torch.utils, "weakref", nobody, raising=False)
         with FakeTensorMode(allow_non_fake_inputs=True), watcher:
             yield watcher
-        gc.collect()
-
-
-class Described(Source):
-    """A checkpoint of which only the shapes are there."""
-
-    def __init__(self, params: dict, dtype: torch.dtype = torch.float16) -> None:
-        super().__init__("a model of no content", params, dtype)
-
-    def read(
-        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
-    ) -> torch.Tensor:
-        """Rows or columns of a weight."""
-        whole = torch.empty(self.shapes[name], dtype=self.dtype)
-        return whole.narrow(dim, start, (whole.shape[dim] if stop is None else stop) - start)
-
-    def part(self, name: str, rank: int, n: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """What a rank holds of a weight, at once."""
-        shape = cut_of(name, self.args, n).shape(self.shapes[name])
-        return torch.empty(shape, dtype=self.dtype_of(name, dtype))
-
-    def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:
-        """Nothing that is worth a message."""
-        return ""
-
-
-class Letters:
-    """As much of a tokenizer as generation asks for."""
-
-    bos_id, eos_id, pad_id, stop_ids = 1, 0, 0, frozenset({0})
-
-    def encode(self, s: str, *, bos: bool = True, eos: bool = False) -> list[int]:
-        """One id a character."""
-        return [self.bos_id] * bos + [2 + ord(c) % 250 for c in s] + [self.eos_id] * eos
-
-    def decode(self, ids: list[int]) -> str:
-        """A letter an id."""
-        return "".join(chr(97 + i % 26) for i in ids)

@@ -3,11 +3,9 @@
 Start reading at load(), which most of them call; main() runs the one that is named.
 """
 
-import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +20,6 @@ from llama.generation import load_model
 from llama.options import SamplingParams
 from llama.prompts import read_prompts
 from llama.sampling import Sampler
-from llama.tuning.options import TuningOptions
 
 
 def load(ckpt_dir: str | Path, dtype: torch.dtype | None = None):
@@ -128,32 +125,6 @@ def fail(rank: int, how: str) -> None:
         dist.all_reduce(torch.ones(1))
 
 
-def pretend_one_card() -> None:
-    """Set up where torch shows a single card."""
-    torch.cuda.device_count = lambda: 1
-    parallel.setup()
-
-
-def pretend_old_driver() -> None:
-    """Set up where torch shows a card that its driver is too old for."""
-
-    def ask() -> int:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
-
-    torch.cuda.device_count = lambda: 1
-    torch._C._cuda_getDeviceCount = ask
-    parallel.setup()
-
-
-def pretend_cards_on_rank_0() -> None:
-    """Set up where rank 0's machine has cards, and the other's has not."""
-    if parallel.rank() == 0:
-        torch.cuda.device_count = lambda: 2
-        torch.cuda.set_device = lambda index: None
-        torch._C._cuda_getDeviceCount = lambda: 1
-    parallel.setup()
-
-
 def come_late() -> str:
     """Meet, where rank 1 takes longer than the others' patience."""
     parallel.PATIENCE = timedelta(seconds=0.5)
@@ -162,22 +133,6 @@ def come_late() -> str:
         time.sleep(2)
     parallel.meet("to wake up")
     return "met"
-
-
-def import_at_setup(path: str) -> list[str]:
-    """Begin to tune; what was imported when the ranks were set up."""
-    import ft_main
-
-    found: list[str] = []
-
-    def noted() -> None:
-        found.extend(sys.modules)
-        raise ValueError("enough")
-
-    parallel.setup = noted
-    with contextlib.suppress(ValueError):
-        ft_main.main(TuningOptions(ckpt_dir=path, dataset_path=path, output_dir=path))
-    return found
 
 
 def sleep_when_ready() -> None:
