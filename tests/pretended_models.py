@@ -2,8 +2,8 @@
 
 PYTHONPATH=. .venv/bin/python tests/pretended_models.py [words]
 
-prints what takes the most, of those WORKS whose names have all of these words. Start reading at
-peak_of().
+prints what takes the most, of those WORKS whose names have all of these words; and "table" as the
+only word the README's table. Start reading at peak_of().
 """
 
 import sys
@@ -25,6 +25,15 @@ from llama.tuning.model import add_soft_prompt, soft_prompt_of
 SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256}
 EIGHT_B = SEVEN_B | {"n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024}
 EIGHT_B |= {"ffn_dim_multiplier": 1.3}
+MODELS = {
+    "Llama 2 7B": SEVEN_B,
+    "Llama 3 8B": EIGHT_B,
+    "Llama 2 13B": SEVEN_B | {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "Llama 2 70B": {
+        **{"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "vocab_size": 32000},
+        **{"multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+    },
+}
 MAX_SEQ_LEN, VIRTUAL = 512, 32
 END = 0  # the token that ends a text
 # As much of a tokenizer as generation asks for.
@@ -113,6 +122,13 @@ def peak_of(work: Work) -> Peak:
     return Peak(ledger.peak, floor, plan, ledger.at_peak.most_common())
 
 
+def peak_from_few_layers(work: Work) -> int:
+    """The bytes at the peak, from models of few layers, which are alike."""
+    n, pair = work.params["n_layers"], (2, 4)
+    few, more = (peak_of(replace(work, params=work.params | {"n_layers": x})).peak for x in pair)
+    return few + (n - 2) * (more - few) // 2
+
+
 def generate(transformer: Transformer, work: Work) -> None:
     """Read prompts of nearly one length; decode some tokens, and the last there is room for."""
     decode = Batch.decode_one_token
@@ -161,6 +177,22 @@ def show_memory(*words: str) -> None:
                 print(f"{size / 1e6:12.1f} MB  {place}")
 
 
+def show_table() -> None:
+    """Print the most GB on each of 1 to 8 cards: 8 prompts, 32 prompts, tuning on 4 rows."""
+    counts = (1, 2, 4, 8)
+    print("| |", *(f"{n} card{'s' * (n > 1)} |" for n in counts))
+    print("|---" * (1 + len(counts)) + "|")
+    for name, params in MODELS.items():
+        cells = []
+        for n in counts:
+            works = (Work(params, n, 8, 511), Work(params, n, 32, 511), Work(params, n, 4))
+            cells.append(" / ".join(f"{peak_from_few_layers(x) / 1e9:.1f}" for x in works))
+        print(f"| {name} |", *(f"{cell} |" for cell in cells), flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    show_memory(*sys.argv[1:])
+    if sys.argv[1:] == ["table"]:
+        show_table()
+    else:
+        show_memory(*sys.argv[1:])
