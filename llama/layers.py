@@ -172,6 +172,13 @@ def computes(dtype: torch.dtype) -> bool:
     return dtype not in ARITHMETIC or bool(flags & ARITHMETIC[dtype])
 
 
+def attends_in_groups(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has a kernel for heads in groups, without a mask: cards since Ampere do."""
+    older = device.type == "cuda" and torch.cuda.is_available()
+    older = older and torch.cuda.get_device_capability(device) < (8, 0)
+    return dtype != torch.float32 and not older
+
+
 def widened(weight: Weight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """Some rows of a weight, by tiles where it is quantised, in another dtype."""
     packed = isinstance(weight, QuantizedWeight) and weight.numbers.device.type == "cpu"

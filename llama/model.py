@@ -19,6 +19,7 @@ from llama.layers import (
     ParallelEmbedding,
     RMSNorm,
     RowParallelLinear,
+    attends_in_groups,
     column_parallel,
     computes,
 )
@@ -190,7 +191,7 @@ def attend(xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
     if grouped and seqlen == 1:  # the heads of a group as the queries of one
         xq = xq.view(bsz, n_kv_heads, -1, head_dim).transpose(1, 2)
         grouped = False
-    elif grouped and (mask is not None or xq.dtype == torch.float32):
+    elif grouped and (mask is not None or not attends_in_groups(xq.dtype, xq.device)):
         xk, xv = (x.repeat_interleave(n_heads // n_kv_heads, 2) for x in (xk, xv))
         grouped = False
     output = F.scaled_dot_product_attention(

@@ -10,7 +10,7 @@ import torch
 
 from llama.batch import chunk_of
 from llama.checkpoint.weights import Source, bits_of, cut_of, kind_of, weight_shapes
-from llama.layers import WIDENED_ROWS, computes
+from llama.layers import WIDENED_ROWS, attends_in_groups, computes
 from llama.model import RECOMPUTED_TOGETHER
 from llama.options import dtype_name
 from llama.quantize import GROUPS, group_bytes
@@ -134,7 +134,8 @@ class Plan:
         widened = on_cpu and not computes(self.dtype)  # attention too
         by_float = self.quantize is not None or widened
         # Keys and values: see attend().
-        repeated = kv < q and (widened or b == 4 or positions < self.seqlen)
+        grouped = attends_in_groups(self.dtype, self.device) and not widened
+        repeated = kv < q and (not grouped or positions < self.seqlen)
         block = 4 * WIDENED_ROWS * (tokens + f) if by_float else 0
         if not self.tuning:
             # The layer's input, the same after attention, normed; gate, up, silu, and the product

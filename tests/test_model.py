@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import cut_by_vocabulary, hf_reference, make_ckpt, make_params, small_params
 
+from llama import layers
 from llama.cache import KVCache
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.weights import valid_shard_counts
@@ -70,16 +71,27 @@ def test_cached_decoding_equals_full_pass_at_every_position(tmp_path):
     torch.testing.assert_close(model.gather_logits(torch.cat(cached, 1)), full, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [(torch.float32, (8, 0)), (torch.bfloat16, (8, 0)), (torch.bfloat16, (7, 5))],
+)
 @torch.inference_mode()
-def test_heads_in_groups_take_no_kernel_that_most_cards_lack(tmp_path, monkeypatch, dtype):
-    """With groups that attention is to spread itself, cards have one for halves and no mask."""
+def test_heads_in_groups_take_no_kernel_that_most_cards_lack(
+    tmp_path, monkeypatch, dtype, capability
+):
+    """With groups that attention is to spread itself, newer cards have one for halves, no mask."""
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    in_groups = layers.attends_in_groups(dtype, card)
+    assert in_groups == (dtype != torch.float32 and capability >= (8, 0))
+    monkeypatch.setattr("llama.model.attends_in_groups", lambda dtype, device: in_groups)
     model, _ = build(tmp_path, n_kv_heads=2)
     model, ids, calls = model.to(dtype), token_ids(3, 24), []
 
     def watched(query, key, value, attn_mask=None, enable_gqa=False, **kwargs):
         calls.append(attn_mask)
-        assert not enable_gqa or (attn_mask is None and query.dtype != torch.float32)
+        assert not enable_gqa or (attn_mask is None and in_groups)
         assert enable_gqa or key.shape[1] == query.shape[1]
         if attn_mask is not None:  # as it is, no layer need copy it
             assert attn_mask.dtype == query.dtype
