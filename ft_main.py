@@ -37,7 +37,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     from llama.generation import load_model
     from llama.memory import check_tuning
     from llama.plan import Plan
-    from llama.tuning.data import split_dataset, tokenize_dataset
+    from llama.tuning.data import column, split_dataset, tokenize_dataset
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
 
@@ -47,15 +47,16 @@ def tune(flags: TuningOptions, out: Path) -> None:
     else:
         check_unused(out)
     ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
-    rows = tokenize_dataset(
+    data = tokenize_dataset(
         flags.dataset_path,
         tokenizer,
         flags.max_seq_len,
         flags.num_virtual_tokens,
+        template=flags.template,
+        columns=flags.columns,
         train_on_inputs=flags.train_on_inputs,
     )
-    parallel.meet("to tokenise the dataset")
-    train_rows, eval_rows = split_dataset(rows, flags.val_set_size, flags.seed)
+    train_rows, eval_rows = split_dataset(data.rows, flags.val_set_size, flags.seed)
 
     dtype = parse_dtype(flags.dtype)
     plan = Plan(
@@ -71,7 +72,8 @@ def tune(flags: TuningOptions, out: Path) -> None:
         gradient_checkpointing=flags.gradient_checkpointing,
         num_virtual_tokens=flags.num_virtual_tokens,
     )
-    recompute_ffn = check_tuning(plan, train_rows)
+    lengths, n_learned = column(train_rows, "length"), column(train_rows, "n_learned")
+    recompute_ffn = check_tuning(plan, lengths, n_learned)
     transformer = load_model(ckpt, device, dtype, flags.offload)
     transformer.recompute_ffn = recompute_ffn
     transformer.gradient_checkpointing = flags.gradient_checkpointing
@@ -81,7 +83,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     init_ids = tokenizer.encode(flags.init_prompt, bos=False)
     model = add_soft_prompt(transformer, flags.num_virtual_tokens, init_ids, flags.ckpt_dir)
 
-    trainer = PromptTrainer(model, flags, train_rows, eval_rows, tokenizer)
+    trainer = PromptTrainer(model, flags, data, train_rows, eval_rows, tokenizer.pad_id)
     trainer.run(checkpoint)
     ckpt.check_unchanged()
     trainer.save(out)

@@ -145,7 +145,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Put the path in front of the message of a ValueError raised inside."""
     try:
         yield
@@ -188,18 +188,16 @@ def content_of(file: bytes | Path) -> bytes:
     return file.read_bytes() if isinstance(file, Path) else file
 
 
-def read_lines(path: Path) -> list[tuple[str, str]]:
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a UTF-8 text that are not blank, each with its place for messages."""
     try:
-        # Not splitlines(): that also cuts at characters that a line may hold, as U+2028.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig") as file:
+            # Not splitlines(): that also cuts at characters that a line may hold, as U+2028.
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-    return [
-        (f"{path}, line {number}", line.removesuffix("\r"))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
 
 
 def parse_json(where: str, text: str) -> Any:

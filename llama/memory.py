@@ -62,21 +62,22 @@ def check_generation(full: Plan, chosen: bool) -> None:
         say(f"{path}: {_shortage(full, free, work)}")
 
 
-def check_tuning(plan: Plan, rows: Sequence[dict[str, torch.Tensor]]) -> bool:
+def check_tuning(plan: Plan, lengths: Sequence[int], n_learned: Sequence[int]) -> bool:
     """Raise ValueError, before anything is loaded, where the rows cannot be trained on.
 
-    Return whether FFNs are to be recomputed: there is too little memory to hold what they compute.
+    lengths, n_learned: the tokens that each row has, and those of them that are learned. Return
+    whether FFNs are to be recomputed: there is too little memory to hold what they compute.
 
     The longest row comes in every epoch, and its batch is padded to it: that must fit, with as
     many learned tokens as rows have on average. If it would not with most of them, that is said.
     """
     if plan.n not in valid_shard_counts(plan.ckpt.args):
         return True  # which loading refuses
-    free, bsz = Free.now(plan.device), min(plan.bsz, len(rows))
-    longest = plan.num_virtual_tokens + max(len(row["input_ids"]) for row in rows)
-    learned = sorted(int((row["labels"] >= 0).sum()) for row in rows)
+    free, bsz = Free.now(plan.device), min(plan.bsz, len(lengths))
+    longest = plan.num_virtual_tokens + max(lengths)
+    learned = sorted(n_learned)
     work = f"batches of {counted(bsz, 'row')} of {longest} tokens"
-    usual = plan.but(bsz=bsz, seqlen=longest, learned=sum(learned) // len(rows))
+    usual = plan.but(bsz=bsz, seqlen=longest, learned=sum(learned) // len(learned))
     _refuse_unless(free, usual, work)
     most = usual.but(learned=math.ceil(sum(learned[-bsz:]) / bsz))
     if not free.holds(most):

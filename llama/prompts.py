@@ -86,7 +86,7 @@ def _lines(path: Path, what: str, always_json: bool = False) -> Iterator[tuple[s
     """What each line of a file holds, and where it stands; ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {what} file")
-    lines = read_lines(path)
+    lines = list(read_lines(path))
     if not lines:
         raise ValueError(f"{path}: no {what} in it; write one a line")
     for where, line in lines:

@@ -1,11 +1,13 @@
 """Conversations as a model was trained to read them: chat templates, in jinja2's sandbox."""
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Sequence, Sized
 from typing import Any
 
+from jinja2 import Template
 from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -71,7 +73,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokenizer: Tokenizer, name: str | None = None) -> None:
         self.source, self.tokenizer, self.name = source, tokenizer, name
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -92,21 +94,26 @@ class ChatTemplate:
     def text(self, messages: Messages) -> str:
         """A conversation, up to where the answer begins. encode() knows what in it is a message's.
 
-        Raises ValueError for a template that fails; one that hangs ends the program.
+        Called by all ranks together. Raises ValueError for a template that fails; one that hangs
+        ends the program.
         """
+        # On rank 0: it may ask for the date, and the clocks of machines differ.
+        return parallel.from_rank_0(lambda: self.render(messages))
+
+    def render(self, messages: Messages, **given: Any) -> str:
+        """What text() gives, by this rank alone; given: what render() of this file takes."""
         guarded = [
             {key: value if key == "role" else self.guard(value) for key, value in message.items()}
             for message in messages
         ]
-        # On rank 0: it may ask for the date, and the clocks of machines differ.
-        return parallel.from_rank_0(lambda: render(self.source, guarded, self.tokenizer.words))
+        return render(self.source, guarded, self.tokenizer.words, **given)
 
     def guard(self, value: Any) -> Any:
         """A text of a message with a MARK in each name of a special token, which is then none."""
         if not isinstance(value, str):
             return value
         value = value.replace(MARK, "")
-        return self._special.sub(lambda found: found[0][:1] + MARK + found[0][1:], value)
+        return self.special.sub(lambda found: found[0][:1] + MARK + found[0][1:], value)
 
     def encode(self, text: str) -> list[int]:
         """The ids of what text() gave: its special tokens are the template's own."""
@@ -117,8 +124,11 @@ class ChatTemplate:
         return self.encode(self.text(messages))
 
 
-def check_messages(where: str, messages: object) -> Messages:
-    """The messages of a conversation that wants an answer; ValueError for anything else."""
+def check_messages(where: str, messages: object, asks: bool = True) -> Messages:
+    """The messages of a conversation; ValueError for anything else.
+
+    asks: whether it must want an answer.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'{where}: "messages" must be a list of at least one message')
     for number, message in enumerate(messages, 1):
@@ -132,17 +142,45 @@ def check_messages(where: str, messages: object) -> Messages:
             )
         if role == "system" and number > 1:
             raise ValueError(f"{where}, message {number}: the system message comes first")
-    if messages[-1]["role"] not in ("user", "tool"):
+    if asks and messages[-1]["role"] not in ("user", "tool"):
         raise ValueError(f"{where}: the last message is not the user's, so nothing is to answer")
     return messages
 
 
-def render(source: str, messages: Messages, words: dict[str, str], dated: bool = True) -> str:
+def render(
+    source: str,
+    messages: Messages,
+    words: dict[str, str],
+    dated: bool = True,
+    date: datetime.datetime | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
     """Run a chat template as transformers does, with names of special tokens as words.
 
-    dated: whether it may ask for the date. Raises ValueError for a template that fails; one that
-    hangs ends the program.
+    dated: whether it may ask for the date; date: what it is told then, by default today's.
+    add_generation_prompt: whether it is to write what an answer begins with.
+    Raises ValueError for a template that fails; one that hangs ends the program.
     """
+
+    def strftime_now(form: str) -> str:
+        return (date or datetime.datetime.now()).strftime(form)
+
+    slow = f"after {TIME_LIMIT} s the chat template still runs"
+    given = {"tools": None, "documents": None} | words
+    clock = {"strftime_now": strftime_now} if dated else {}
+    try:
+        with time_limit(TIME_LIMIT, slow), memory_limit(MEMORY_LIMIT):
+            return compiled(source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **given, **clock
+            )
+    except Exception as error:
+        reason = "it wants too much memory" if isinstance(error, MemoryError) else str(error)
+        raise ValueError(f"the chat template fails: {shown(reason)}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(source: str) -> Template:
+    """A chat template as a program, with what transformers gives to all of them."""
 
     def refuse(message: str) -> None:
         raise ValueError(message)
@@ -151,16 +189,7 @@ def render(source: str, messages: Messages, words: dict[str, str], dated: bool =
     jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     jinja.filters["tojson"] = to_json
     jinja.globals["raise_exception"] = refuse
-    if dated:
-        jinja.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    slow = f"after {TIME_LIMIT} s the chat template still runs"
-    given = {"add_generation_prompt": True, "tools": None, "documents": None} | words
-    try:
-        with time_limit(TIME_LIMIT, slow), memory_limit(MEMORY_LIMIT):
-            return jinja.from_string(source).render(messages=messages, **given)
-    except Exception as error:
-        reason = "it wants too much memory" if isinstance(error, MemoryError) else str(error)
-        raise ValueError(f"the chat template fails: {shown(reason)}") from None
+    return jinja.from_string(source)
 
 
 def to_json(

@@ -166,20 +166,19 @@ def test_the_defaults_which_nobody_chose_are_those_of_build():
 def test_tuning_is_refused_where_its_longest_rows_cannot_be_trained_on(monkeypatch):
     parallel.setup()
     plan = large(CPU, tuning=True, num_virtual_tokens=32).but(bsz=8, seqlen=512)
-    ids, labels = torch.ones(68, dtype=torch.int32), torch.tensor([-100] * 48 + [1] * 20)
-    rows = [{"input_ids": ids, "labels": labels}] * 6
+    rows = [68] * 6, [20] * 6  # their tokens, and how many of them are learned
     asked = plan.but(bsz=6, seqlen=100, learned=20)
     monkeypatch.setattr(Free, "now", lambda _: Free(asked.total - 1, 0))
-    assert check_tuning(plan, rows)  # as sure as the plan is exact; FFNs are recomputed
+    assert check_tuning(plan, *rows)  # as sure as the plan is exact; FFNs are recomputed
     monkeypatch.setattr(Free, "now", lambda _: Free(asked.total / 1.06, 0))
     with pytest.raises(
         ValueError, match=r"batches of 6 rows of 100 tokens .*; what fits: .*--quantize "
     ):
-        check_tuning(plan, rows)
+        check_tuning(plan, *rows)
     roomy = asked.but(recompute_ffn=False).total
     for free, recompute_ffn in ((roomy - 1, True), (roomy, False)):
         monkeypatch.setattr(Free, "now", lambda _, free=free: Free(free, 0))
-        assert check_tuning(plan, rows) == recompute_ffn
+        assert check_tuning(plan, *rows) == recompute_ffn
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -1,88 +1,44 @@
-"""Instruction data: Alpaca's prompts, rows from JSON, tokens with labels, batches."""
+"""Datasets of tokens in a mapped file; some rows held out; batches of rows of like length."""
 
-import json
+import hashlib
+import itertools
+import os
 import random
-from collections.abc import Sequence
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llama import cli
-from llama.files import check_text, parse_json, read_lines
+from llama import cli, parallel
+from llama.files import hash_of, naming, naming_refusals
 from llama.tokenizer import Tokenizer
-from llama.tuning.options import ALPACA_PREAMBLE
+from llama.tuning.rows import MANY, Dataset, Row, read_rows
+from llama.tuning.templates import IGNORE, ChatEncoder, PromptEncoder, Tokens, encoder_for
 
-# The two templates of Stanford Alpaca, to the letter: tuned models expect them so.
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-PROMPT_NO_INPUT = ALPACA_PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:"
+INTS = pyarrow.list_(pyarrow.int32())
+COUNTS = {"length": pyarrow.int32(), "n_learned": pyarrow.int32()}  # of a row
+SCHEMA = pyarrow.schema({"input_ids": INTS, "labels": INTS} | COUNTS)
 
-# The second as a chat template, with bos for what the tokenizer puts in front of a text. Of several
-# turns Alpaca says nothing: here each follows like the first, without the preamble.
-CHAT_TEMPLATE = (
-    "{%% if messages[0].role == 'system' %%}"
-    "{{ raise_exception('the tuned prompt takes no system message') }}{%% endif %%}"
-    "{{ %(bos)s + %(preamble)s }}{%% for message in messages %%}{%% if message.role == 'user' %%}"
-    r"{{ '\n\n### Instruction:\n' + message.content + '\n\n### Response:' }}"
-    "{%% else %%}{{ message.content }}{%% endif %%}{%% endfor %%}"
-)
-
-IGNORE = -100  # the label that torch's and fairscale's losses leave out
-
-EXPECTED = (
-    "a dataset is a JSON array or JSON lines, each row an object with the texts "
-    '"instruction", "output" and, if need be, "input"'
-)
-DEFAULTS = {"instruction": None, "input": "", "output": None}  # None: a row must give it
-
-Row = dict[str, torch.Tensor]  # input_ids and labels, equally long, int32
+POOL = 16  # batches that are sorted by length together
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """Put an instruction, with its input if there is one, into Alpaca's template."""
-    template = PROMPT_WITH_INPUT if input else PROMPT_NO_INPUT
-    # format reads braces in the template alone: those in a user's text stay as they are.
-    return template.format(instruction=instruction, input=input)
+@dataclass
+class TokenizedDataset:
+    """Rows of token ids with labels, in a mapped file, and what a run says of them.
 
-
-def alpaca_chat_template(tokenizer: Tokenizer) -> str:
-    """The chat template that makes of one user message what alpaca_prompt() and encode() make."""
-    bos = "" if tokenizer.bos_id is None else tokenizer.words["bos_token"]
-    return CHAT_TEMPLATE % {"bos": json.dumps(bos), "preamble": json.dumps(ALPACA_PREAMBLE)}
-
-
-def load_instructions(path: str | Path) -> list[dict[str, str]]:
-    """Read the rows of a JSON array or JSON-lines file (told apart by content, not by name).
-
-    Each row has the texts instruction, input ("" where the file has none) and output.
-    Raises FileNotFoundError, or ValueError with the number of the row (array) or line (JSON
-    lines) that is wrong, both counted from 1.
+    chat_template: of conversations that look like the rows; None if they are in no template.
+    hashes: SHA-256 of the dataset and of all ids and labels, by name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such dataset file (--dataset_path)")
-    lines = read_lines(path)
-    try:
-        if lines and lines[0][1].lstrip().startswith("["):
-            values = parse_json(str(path), path.read_text(encoding="utf-8-sig"))
-            rows = [(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
-        else:
-            rows = [(where, parse_json(where, line)) for where, line in lines]
-    except ValueError as error:
-        raise ValueError(f"{error}; {EXPECTED}") from None
-    if not rows:
-        raise ValueError(f"{path}: no row in it; {EXPECTED}")
-    return [_check_row(where, value) for where, value in rows]
 
-
-def _check_row(where: str, value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: not an object but {type(value).__name__}; {EXPECTED}")
-    return {key: check_text(where, key, value.get(key, DEFAULTS[key])) for key in DEFAULTS}
+    rows: Dataset
+    chat_template: str | None
+    hashes: dict[str, str]
 
 
 def tokenize_dataset(
@@ -91,69 +47,130 @@ def tokenize_dataset(
     max_seq_len: int,
     num_virtual_tokens: int = 0,
     *,
+    template: str | None = None,
+    columns: str | None = None,
     train_on_inputs: bool = False,
-) -> list[Row]:
-    """Make tokens of the rows of a file: prompt, response, end of sequence.
+) -> TokenizedDataset:
+    """Make tokens of the rows of a dataset, once on each machine, for all ranks there.
 
-    labels are -100 on the prompt unless train_on_inputs. Rows that with the tuned prompt's tokens
-    are longer than max_seq_len are cut; those whose prompt leaves no room for a response are left
-    out; one message says how many.
-    Raises what load_instructions does, and ValueError if no row is left.
+    labels are -100 on what is not to be learned, unless train_on_inputs. Rows that with the tuned
+    prompt's tokens are longer than max_seq_len are cut, or left out where that does not help; a
+    message says how many. Raises what read_rows does, and ValueError if no row is left.
     """
-    longest = max_seq_len - num_virtual_tokens
-    less = f"--max_seq_len {max_seq_len}"
-    less += f" less the tuned prompt's {num_virtual_tokens}" if num_virtual_tokens else ""
-    instructions = load_instructions(path)
-    rows: list[Row] = []
-    cut, too_long = 0, []
-    if len(instructions) > 10_000:
-        cli.say(f"{path}: making tokens of {len(instructions):,} rows")
-    for row in cli.progress_bar("making tokens", unit="row", items=instructions):
-        prompt = alpaca_prompt(row["instruction"], row["input"])
-        prompt_ids = tokenizer.encode(prompt, bos=True, eos=False)
-        if len(prompt_ids) >= longest:
-            too_long.append(len(prompt_ids))
-            continue
-        response_ids = _response_ids(tokenizer, prompt, prompt_ids, row["output"])
-        row_ids = [*prompt_ids, *response_ids, tokenizer.eos_id]
-        cut += len(row_ids) > longest
-        ids = torch.tensor(row_ids[:longest], dtype=torch.int32)
-        labels = ids.clone()
-        if not train_on_inputs:
-            labels[: len(prompt_ids)] = IGNORE
-        rows.append({"input_ids": ids, "labels": labels})
-    if not rows:
-        raise ValueError(
-            f"{path}: no row leaves room for a response: the shortest prompt, with Alpaca's words "
-            f"around it, has {cli.counted(min(too_long), 'token')}, and {less} leaves {longest}; "
-            f"give --max_seq_len {num_virtual_tokens + min(too_long) + 1} at least, and better more"
-        )
-    if cut or too_long:
+    room = Room(max_seq_len, num_virtual_tokens)
+    local_rank = parallel.local_share().start
+    # Without a name on the disk: it goes with the last process that has it open or mapped, however
+    # that ends. The other ranks of the machine open it by way of the one that made it.
+    with tempfile.TemporaryFile() as file:
+        name, made = f"/proc/{os.getpid()}/fd/{file.fileno()}", None
+        if local_rank == 0:
+            form, found = read_rows(path, columns)
+            encoder = encoder_for(form, tokenizer, template)
+            cli.say(f"{path}: rows of {form}, {encoder.name}")
+            counts: Counter[str] = Counter()
+            encoded = _encoded(found, encoder, room, counts, train_on_inputs)
+            hashes = {
+                "dataset_sha256": _hash_of(Path(path)),
+                "tokens_sha256": _write(name, encoded),
+            }
+            made = encoder.chat_template, hashes
+            room.tell(path, counts, encoder)
+        if parallel.world_size() > 1:
+            parallel.meet("to tokenise the dataset")
+            name, made = parallel.gather_objects((name, made))[parallel.rank() - local_rank]
+        rows = Dataset.from_file(name).with_format("torch", columns=["input_ids", "labels"])
+        parallel.meet("to map the tokens")
+    return TokenizedDataset(rows, *made)  # type: ignore[misc]  # local rank 0 has made it
+
+
+@dataclass
+class Room:
+    """How many tokens a row may have: those that the tuned prompt leaves."""
+
+    max_seq_len: int
+    num_virtual_tokens: int
+
+    @property
+    def longest(self) -> int:
+        return self.max_seq_len - self.num_virtual_tokens
+
+    def __str__(self) -> str:
+        n = self.num_virtual_tokens
+        less = f" less the tuned prompt's {n}" if n else ""
+        return f"the {self.longest} tokens that --max_seq_len {self.max_seq_len}{less} leaves"
+
+    def tell(
+        self, path: str | Path, counts: Counter[str], encoder: PromptEncoder | ChatEncoder
+    ) -> None:
+        """Say what became of all rows; ValueError if none is left."""
+        n, cut, left_out = counts["rows"], counts["cut"], counts["left out"]
+        if n == left_out:
+            least = self.num_virtual_tokens + counts["shortest"]
+            raise ValueError(
+                f"{path}: no row fits into {self}: the shortest needs {counts['shortest']}; give "
+                f"--max_seq_len {least} at least, and better more"
+            )
+        fits = "which all fit"
+        if cut or left_out:
+            fits = f"of which {cut} {encoder.cutting}, and {left_out} left out, to fit into {self}"
+        asks = f"; {counts['asks']} end with a question, which is left out" * bool(counts["asks"])
         cli.say(
-            f"{path}: of {len(instructions)} rows {cut} were cut to the {longest} tokens that "
-            f"{less} leaves, and {len(too_long)} left out, whose prompt alone fills that"
+            f"{path}: {cli.counted(n, 'row')}, {fits}{asks}; {counts['learned']:,} of "
+            f"{counts['tokens']:,} tokens are learned"
         )
-    return rows
 
 
-def _response_ids(
-    tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], output: str
-) -> list[int]:
-    """Tokens of a response as the model would write them after the prompt's own tokens.
+def _encoded(
+    rows: Iterator[tuple[str, Row]],
+    encoder: PromptEncoder | ChatEncoder,
+    room: Room,
+    counts: Counter[str],
+    train_on_inputs: bool,
+) -> Iterator[Tokens]:
+    """The tokens of rows, but for those that are too long; counts what becomes of all."""
+    for where, row in cli.progress_bar("making tokens", unit="row", items=rows):
+        with naming(where):
+            tokens = encoder.encode(row, room.longest)
+        n = len(tokens.ids)
+        counts["rows"] += 1
+        if n > room.longest:
+            counts["left out"] += 1
+            counts["shortest"] = min(n, counts["shortest"] or n)
+            continue
+        if train_on_inputs:
+            tokens = tokens._replace(labels=tokens.ids)
+        counts.update(cut=tokens.cut, asks=tokens.asks, tokens=n, learned=tokens.n_learned)
+        yield tokens
 
-    Generation is fed encode(prompt), so no token may span the two. They are encoded together,
-    since SentencePiece puts a space in front of every text, and the prompt's tokens taken off.
-    Only where the two merge (":" with another ":", or with a line end) the response goes alone.
-    """
-    both = tokenizer.encode(prompt + output, bos=True, eos=False)
-    if both[: len(prompt_ids)] == prompt_ids:
-        return both[len(prompt_ids) :]
-    return tokenizer.encode(output, bos=False, eos=False)
+
+def _write(name: str, encoded: Iterator[Tokens]) -> str:
+    """Write tokens as an Arrow file, a few rows at a time; their SHA-256."""
+    hashed = hashlib.sha256()
+    with pyarrow.OSFile(name, "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+        while some := list(itertools.islice(encoded, MANY)):
+            rows = [(x.ids, x.labels, len(x.ids), x.n_learned) for x in some]
+            for ids, labels, *_ in rows:
+                hashed.update(array("i", ids + labels))
+            with naming_refusals(Path(tempfile.gettempdir())):
+                writer.write_batch(pyarrow.record_batch(list(zip(*rows)), schema=SCHEMA))
+    return hashed.hexdigest()
 
 
-def split_dataset(
-    rows: list[Row], val_set_size: int, seed: int
-) -> tuple[list[Row], list[Row] | None]:
+def _hash_of(path: Path) -> str:
+    """The SHA-256 of a file, or of the names and hashes of all files in a folder."""
+    if path.is_file():
+        return hash_of(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path)} {hash_of(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def column(rows: Dataset, name: str) -> list[int]:
+    """The length or n_learned of each row."""
+    return rows.with_format("numpy", columns=[name])[name][:].tolist()
+
+
+def split_dataset(rows: Dataset, val_set_size: int, seed: int) -> tuple[Dataset, Dataset | None]:
     """Draw val_set_size rows for evaluation by seed; return those to train on, and those (or None).
 
     Raises ValueError if that leaves nothing to train on.
@@ -162,12 +179,65 @@ def split_dataset(
         return rows, None
     if not 0 < val_set_size < len(rows):
         raise ValueError(f"--val_set_size {val_set_size} cannot be taken out of {len(rows)} rows")
-    shuffled = list(rows)
+    shuffled = list(range(len(rows)))
     random.Random(seed).shuffle(shuffled)
-    return shuffled[val_set_size:], shuffled[:val_set_size]
+    return rows.select(shuffled[val_set_size:]), rows.select(shuffled[:val_set_size])
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
+class LengthGrouped(torch.utils.data.Sampler[int]):
+    """An order of rows in which each batch has rows of like length, so that little is padded.
+
+    Rows are shuffled; those of POOL batches at a time are sorted by length; then batches are
+    shuffled. The seed and the number of the epoch alone decide, so all ranks and a resumed run have
+    the same order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, from 0. The Trainer calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        choose, size = random.Random(f"{self.seed} {self.epoch}"), self.batch_size
+        rows = list(range(len(self.lengths)))
+        choose.shuffle(rows)
+        whole = len(rows) - len(rows) % size  # the last batch, which has fewer rows, stays last
+        batches = []
+        for start in range(0, whole, POOL * size):
+            pool = sorted(
+                rows[start : min(start + POOL * size, whole)], key=self.lengths.__getitem__
+            )
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        choose.shuffle(batches)
+        return itertools.chain(*batches, rows[whole:])
+
+    def padding(self) -> str:
+        """Tell how much of the batches is padding, and how much it would be in random order."""
+        shuffled = list(range(len(self.lengths)))
+        random.Random(self.seed).shuffle(shuffled)
+        grouped, random_order = (
+            f"{self._padding_in(order):.0%}" for order in (list(self), shuffled)
+        )
+        return (
+            f"batches of rows of like length: {grouped} of their tokens are padding, and in random "
+            f"order it would be {random_order}"
+        )
+
+    def _padding_in(self, order: list[int]) -> float:
+        starts = range(0, len(order), self.batch_size)
+        batches = [
+            [self.lengths[i] for i in order[start : start + self.batch_size]] for start in starts
+        ]
+        return 1 - sum(self.lengths) / sum(len(batch) * max(batch) for batch in batches)
+
+
+def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
     """Make a batch of rows, padded on the right to the longest of them.
 
     Returns input_ids, attention_mask (0 on padding), labels: (bsz, seqlen) int64.

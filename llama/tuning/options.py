@@ -12,6 +12,7 @@ ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request."
 )
+TEMPLATES = ("alpaca", "chat", "none")
 SCHEDULES = (  # those of transformers that need no settings of their own
     *("cosine", "linear", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
     *("constant", "constant_with_warmup"),
@@ -32,10 +33,15 @@ class TuningOptions:
     Args:
         ckpt_dir: a folder in Meta's format, best with one shard a rank (see split_model.py), a
             Hugging Face folder, or a .gguf file; the last two are converted while loading.
-        dataset_path: JSON or JSON lines: instruction, output, and perhaps input.
+        dataset_path: JSON, JSON lines, CSV, Parquet, or a folder of datasets.save_to_disk, with the
+            columns messages (OpenAI) or conversations (ShareGPT); or instruction, output and
+            perhaps input (Alpaca); or prompt and completion; or text.
         output_dir: a new folder for the adapter, its checkpoints, the losses and their picture.
         tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in; by
             default what ckpt_dir holds.
+        template: what rows are put into: alpaca, chat (the tokenizer's own), or none; by default
+            alpaca for instructions, chat for conversations, none for all others.
+        columns: names in the dataset for those above: question=instruction,answer=output.
         init_prompt: text whose embeddings the prompt starts from; "" starts at random ones.
         num_virtual_tokens: length of the prompt.
         num_epochs: passes over the data.
@@ -46,7 +52,8 @@ class TuningOptions:
         warmup_steps: steps over which the learning rate rises.
         lr_scheduler: how it falls: cosine, linear, polynomial, inverse_sqrt,
             cosine_with_restarts, or not at all: constant, constant_with_warmup.
-        max_seq_len: longest prompt, instruction and answer together; longer rows are cut.
+        max_seq_len: longest prompt and row together; longer rows are cut: answers at their end,
+            conversations at their beginning.
         max_grad_norm: gradients are scaled down to this length; 0 leaves them.
         val_set_size: rows held out for an evaluation loss.
         eval_steps: steps between evaluations.
@@ -67,6 +74,8 @@ class TuningOptions:
     dataset_path: str
     output_dir: str
     tokenizer_path: str | None = None
+    template: str | None = option(None, must_stay=True)
+    columns: str | None = option(None, must_stay=True)
     init_prompt: str = ALPACA_PREAMBLE
     num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
     num_epochs: float = 3.0
@@ -103,6 +112,7 @@ class TuningOptions:
             "max_steps": (self.max_steps == -1 or self.max_steps > 0, "at least 1, or -1"),
             "seed": (self.seed < 2**32, "below 2**32"),
             "num_virtual_tokens": (leaves_room, f"below --max_seq_len {self.max_seq_len}"),
+            "template": (self.template in (None, *TEMPLATES), f"one of {', '.join(TEMPLATES)}"),
             "lr_scheduler": (self.lr_scheduler in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         }
         for name, (right, wanted) in checks.items():
@@ -114,5 +124,5 @@ class TuningOptions:
     def must_stay(self) -> dict:
         """The options without which a resumed run would not go on with what it began."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("must_stay")]
-        # None of them may be None but quantize, which runs of before it do not know.
+        # Those that are None by default are younger than the first runs, which do not know them.
         return {name: value for name in names if (value := getattr(self, name)) is not None}

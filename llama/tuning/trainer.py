@@ -25,17 +25,11 @@ from llama.files import (
     write_json,
     write_whole,
 )
-from llama.tokenizer import TEMPLATE, Tokenizer
+from llama.tokenizer import TEMPLATE
 from llama.tuning.adapter import BASE, base_model_facts, differing, load_soft_prompt, save_adapter
-from llama.tuning.data import Row, alpaca_chat_template, collate
+from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column
 from llama.tuning.model import soft_prompt_of
 from llama.tuning.options import TuningOptions
-
-try:  # the Trainer asks for it, and would take our folder of that name for it
-    from datasets import Dataset  # noqa: F401
-except ImportError as error:
-    message = "Hugging Face's package `datasets` is not installed: pip install datasets"
-    raise ImportError(message) from error
 
 # The last file written into a checkpoint's folder: its step, what a resumed run must keep, and the
 # SHA-256 of every other file, by which a whole checkpoint is known before it is read.
@@ -84,9 +78,10 @@ class PromptTrainer(transformers.Trainer):
         self,
         model: peft.PeftModel,
         options: TuningOptions,
-        train_rows: list[Row],
-        eval_rows: list[Row] | None,
-        tokenizer: Tokenizer,
+        data: TokenizedDataset,
+        train_rows: Dataset,
+        eval_rows: Dataset | None,
+        pad_id: int,
     ) -> None:
         prompt = soft_prompt_of(model)
         super().__init__(
@@ -94,9 +89,11 @@ class PromptTrainer(transformers.Trainer):
             args=training_arguments(options, len(train_rows), eval_rows is not None, prompt.device),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=functools.partial(collate, pad_id=tokenizer.pad_id),
+            data_collator=functools.partial(collate, pad_id=pad_id),
         )
-        self.chat_template = alpaca_chat_template(tokenizer)
+        self.chat_template = data.chat_template
+        self.order = LengthGrouped(column(train_rows, "length"), options.batch_size, options.seed)
+        cli.say(f"{options.dataset_path}: {self.order.padding()}")
         self.remove_callback(PrinterCallback)  # which prints on stdout, on every rank
         if self.args.n_gpu > 1 or self.args.device.type != prompt.device.type:
             raise RuntimeError(
@@ -106,12 +103,16 @@ class PromptTrainer(transformers.Trainer):
         self.run_facts = {
             **base_model_facts(model.get_base_model().transformer),
             **options.must_stay(),
-            "dataset_sha256": hash_of(Path(options.dataset_path)),
+            **data.hashes,
         }
         if any(facts != self.run_facts for facts in parallel.gather_objects(self.run_facts)):
             raise ValueError(
                 "the ranks read different models or datasets; give all machines the same files"
             )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:
+        """The order of the rows. The Trainer calls this."""
+        return self.order
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint if one is given, and evaluate what came out.
