@@ -1,44 +1,24 @@
-"""Instruction data: prompts, rows, tokens with labels, batches; and the data in datasets/."""
+"""Tokenised datasets: mapped, counted, split, in batches; and the data in datasets/."""
 
 import json
 import re
+import resource
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, TOKENIZERS
+from test_rows import CHAT, FILES
+from test_templates import CHATML, ByteTokenizer, chat_encoder
 
-from llama.template import ChatTemplate
+from datasets import Dataset
 from llama.tokenizer import Tokenizer
-from llama.tuning.data import (
-    alpaca_chat_template,
-    alpaca_prompt,
-    collate,
-    load_instructions,
-    split_dataset,
-    tokenize_dataset,
-)
-from llama.tuning.options import ALPACA_PREAMBLE
+from llama.tuning.data import LengthGrouped, collate, column, split_dataset, tokenize_dataset
+from llama.tuning.rows import read_rows
+from llama.tuning.templates import alpaca_prompt
 
 SHORT_ANSWERS = REPO / "datasets" / "short_answers.json"
-BEGINNING = "Below is an instruction that describes a task"
-ENDING = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-OUTPUTS = ("In short: yes.", "", " spaced", "\nnext line", "1 + 1 = 2", "北京 🦙", ")")
-
-
-class ByteTokenizer:
-    """A token a byte."""
-
-    bos_id = 256
-    eos_id = 257
-
-    def encode(self, s, *, bos=True, eos=False):
-        return [self.bos_id] * bos + list(s.encode()) + [self.eos_id] * eos
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def tokenizer(request):
-    return Tokenizer(TOKENIZERS[request.param][0])
 
 
 def write_rows(path: Path, *rows: tuple[str, ...]) -> Path:
@@ -50,155 +30,86 @@ def write_rows(path: Path, *rows: tuple[str, ...]) -> Path:
 
 def tokenized(path: Path, tokenizer=None, max_seq_len: int = 512, **options) -> list[dict]:
     """The rows of a file as lists of numbers."""
-    rows = tokenize_dataset(path, tokenizer or ByteTokenizer(), max_seq_len, **options)
+    rows = tokenize_dataset(path, tokenizer or ByteTokenizer(), max_seq_len, **options).rows
     return [{name: tensor.tolist() for name, tensor in row.items()} for row in rows]
 
 
-def prompt_length(instruction: str, input: str = "") -> int:
-    return len(ByteTokenizer().encode(alpaca_prompt(instruction, input)))
+def prompt_length(instruction: str) -> int:
+    return len(ByteTokenizer().encode(alpaca_prompt(instruction)))
 
 
 def learned(row: dict) -> list[int]:
     return [label for label in row["labels"] if label != -100]
 
 
-# Prompts
+def test_tokens_lie_in_a_mapped_file_that_has_no_name(tmp_path):
+    path = write_rows(tmp_path / "rows.json", *[("Say it", f"answer {i}") for i in range(500)])
+    before = {*Path(tempfile.gettempdir()).iterdir()}
+    rows = tokenize_dataset(path, ByteTokenizer(), 512).rows
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "deleted" in line]
+    assert any(line.split()[-2].startswith(tempfile.gettempdir()) for line in maps)
+    assert {*Path(tempfile.gettempdir()).iterdir()} <= before
+    assert isinstance(rows, Dataset)
+    assert bytes(learned({"labels": rows[499]["labels"].tolist()})[:-1]) == b"answer 499"
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert column(rows, "length") == lengths
+    assert column(rows.select([7, 3]), "n_learned") == [len("answer 7") + 1] * 2
 
 
-def test_prompts_are_alpacas_to_the_letter():
-    assert alpaca_prompt("Do it") == f"{BEGINNING}. {ENDING}Do it\n\n### Response:"
-    assert alpaca_prompt("Do it").startswith(f"{ALPACA_PREAMBLE}\n\n### Instruction:")
-    assert alpaca_prompt("Do it", "now") == (
-        f"{BEGINNING}, paired with an input that provides further context. {ENDING}Do it\n\n"
-        "### Input:\nnow\n\n### Response:"
+def test_the_hash_of_tokens_depends_on_rows_template_and_labels_not_on_the_format(tmp_path):
+    rows = [{"instruction": "Say it", "input": "", "output": str(i)} for i in range(300)]
+    tokenizer = chat_encoder(tmp_path / "m", CHATML).template.tokenizer
+    found = {}
+    for name, write in FILES.items():
+        write(tmp_path / name, rows)
+        found[name] = tokenize_dataset(tmp_path / name, tokenizer, 512).hashes
+    assert len({x["tokens_sha256"] for x in found.values()}) == 1
+    assert found["rows.csv"]["dataset_sha256"] != found["rows.json"]["dataset_sha256"]
+    assert found["saved"]["dataset_sha256"] != found["saved_with_splits"]["dataset_sha256"]
+    ways = [{"template": "chat"}, {"template": "none"}, {"train_on_inputs": True}]
+    ways += [{"columns": "output=instruction,instruction=output"}, {"max_seq_len": 138}]
+    others = [
+        tokenize_dataset(tmp_path / "rows.json", tokenizer, **({"max_seq_len": 512} | way))
+        for way in ways
+    ]
+    assert len({x.hashes["tokens_sha256"] for x in others} | {found["rows"]["tokens_sha256"]}) == 6
+    templates = [x.chat_template for x in others]
+    assert templates[:2] == [CHATML, None]
+    assert "### Instruction" in templates[2]
+
+
+def test_a_conversation_that_cannot_be_learned_is_told_with_its_row_and_the_template(tmp_path):
+    encoder = chat_encoder(
+        tmp_path / "m", CHATML.replace("'content'", "'content'].upper() ~ m['x'")
     )
-
-
-@pytest.mark.parametrize("text", ["{instruction}", "{input}", "{}", "{{x}}", "{0}", "a % b \\1"])
-def test_braces_in_a_users_text_survive(text):
-    assert f"\n{text}\n" in alpaca_prompt(text)
-    assert f"### Instruction:\n{text}\n\n### Input:\n{text}\n" in alpaca_prompt(text, text)
-
-
-# Rows from files
-
-ROWS = [
-    {"instruction": "Say hi", "input": "", "output": "hi"},
-    {"instruction": "Add", "input": "1, 2", "output": "3\u2028three"},
-]
-FORMS = {
-    "array": json.dumps(ROWS),
-    "indented array": json.dumps(ROWS, indent=2),
-    "array after BOM": "\ufeff\n " + json.dumps(ROWS, ensure_ascii=False),
-    "other keys": json.dumps([{"output": "hi", "x": 3, "instruction": "Say hi"}, ROWS[1]]),
-    "lines": "\n".join(json.dumps(row) for row in ROWS),
-    "lines, gaps": "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\n",
-}
-
-
-@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
-def test_array_and_lines_are_told_apart_by_content(tmp_path, text, name):
-    (tmp_path / name).write_bytes(text.encode())
-    for path in (tmp_path / name, str(tmp_path / name)):
-        assert load_instructions(path) == ROWS
-
-
-GOOD = '{"instruction": "a", "output": "b"}'
-BAD_ROWS = {
-    "no instruction": ('{"output": "b"}', 'no text "instruction"'),
-    "no output": ('{"instruction": "a"}', 'no text "output"'),
-    "instruction is a number": ('{"instruction": 1, "output": "b"}', 'no text "instruction"'),
-    "output is null": ('{"instruction": "a", "output": null}', 'no text "output"'),
-    "input is a list": ('{"instruction": "a", "output": "b", "input": []}', 'no text "input"'),
-    "half a surrogate pair": (r'{"instruction": "a", "output": "\ud83e"}', "cut in half"),
-    "a list": ("[1]", "not an object but list"),
-    "a string": ('"a"', "not an object but str"),
-}
-BAD_FILES = {
-    "empty": (b"", "no row in it"),
-    "blank": (b" \n\t\n", "no row in it"),
-    "no rows": (b"[]", "no row in it"),
-    "prose": (b"instruction,output\na,b\n", "line 1: not JSON"),
-    "array cut short": (f"[{GOOD},\n{GOOD}".encode(), "not JSON (Expecting ',' delimiter: line 2 "),
-    "line cut short": (f"{GOOD}\n\n{GOOD[:-1]}".encode(), "line 3: not JSON (Expecting ',' "),
-    "one object": (b'{\n"data": [\n' + GOOD.encode() + b"]}", "line 1: not JSON"),
-    "a number": (b"3", "line 1: not an object but int"),
-    "not UTF-8": (GOOD.replace("a", "é").encode("latin-1"), "not UTF-8"),
-    "nested too deep": (b"[" * 200_000, "not JSON"),
-    "number too long": (b"[" + b"9" * 10_000 + b"]", "not JSON"),
-}
-
-
-def assert_refused(path: Path, content: bytes, where: str, message: str) -> None:
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(f"{path}{where}")) as error:
-        load_instructions(path)
-    assert message in str(error.value)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    place = f"{tmp_path / 'rows.jsonl'}, line 1: {tmp_path / 'm' / 'chat_template.jinja'}: "
+    with pytest.raises(ValueError, match=f"^{re.escape(place)}in this chat template") as error:
+        tokenize_dataset(tmp_path / "rows.jsonl", encoder.template.tokenizer, 512)
     assert "\n" not in str(error.value)
+    tokenizer = Tokenizer(TOKENIZERS["sentencepiece"][0])
+    tokenizer.special_tokens = {}
+    with pytest.raises(ValueError, match="comes without a chat template"):
+        tokenize_dataset(tmp_path / "rows.jsonl", tokenizer, 512)
 
 
-@pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_told_with_path_and_number(tmp_path, row, message):
-    array, lines = f"[{GOOD},\n\n{GOOD}, {row}, {GOOD}]", f"{GOOD}\n\n{GOOD}\n{row}\n{GOOD}\n"
-    assert_refused(tmp_path / "array.json", array.encode(), ", row 3: ", message)
-    assert_refused(tmp_path / "lines.json", lines.encode(), ", line 4: ", message)
-
-
-@pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_file_that_is_missing_or_no_dataset_is_told_with_its_path(tmp_path, content, message):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-            load_instructions(path)
-    assert_refused(tmp_path / "bad.json", content, "", message)
-
-
-# Tokens and labels
-
-
-def test_prompt_ids_are_those_that_generation_feeds(tokenizer, tmp_path):
-    rows = [("Say {x}", output, extra) for output in OUTPUTS for extra in ("", "é 北京 ")]
-    path = write_rows(tmp_path / "rows.json", *rows)
-    found = tokenized(path, tokenizer)
-    assert len(found) == len(rows)
-    for (instruction, output, extra), row in zip(rows, found):
-        prompt = alpaca_prompt(instruction, extra)
-        prompt_ids = tokenizer.encode(prompt, bos=True)
-        assert row["input_ids"][: len(prompt_ids)] == prompt_ids
-        response = row["input_ids"][len(prompt_ids) :]
-        assert response[-1] == tokenizer.eos_id
-        assert row["labels"] == [-100] * len(prompt_ids) + response
-        # No space that SentencePiece makes up stands between the two.
-        assert tokenizer.decode(row["input_ids"]) == prompt + output
-
-
-@pytest.mark.parametrize(("kind", "output"), [("sentencepiece", ":-)"), ("tiktoken", "\nnext")])
-def test_a_response_that_merges_with_the_prompt_is_encoded_alone(kind, output, tmp_path):
-    tokenizer = Tokenizer(TOKENIZERS[kind][0])
-    prompt = alpaca_prompt("Say it")
-    prompt_ids = tokenizer.encode(prompt, bos=True)
-    merged = tokenizer.encode(prompt + output, bos=True)
-    assert merged[: len(prompt_ids)] != prompt_ids  # else this test shows nothing
-    (row,) = tokenized(write_rows(tmp_path / "rows.json", ("Say it", output)), tokenizer)
-    alone = tokenizer.encode(output, bos=False, eos=True)
-    assert row["input_ids"] == prompt_ids + alone
-    assert learned(row) == alone
-
-
-def test_a_tokenizer_without_bos_serves(tmp_path):
-    class NoBos(ByteTokenizer):
-        def encode(self, s, *, bos=True, eos=False):
-            return super().encode(s, bos=False, eos=eos)
-
-    (row,) = tokenized(write_rows(tmp_path / "rows.json", ("a", "b")), NoBos())
-    assert row["input_ids"] == [*(alpaca_prompt("a") + "b").encode(), 257]
-    assert learned(row) == [ord("b"), 257]
+def test_a_disk_that_is_too_full_for_the_tokens_is_one_line(tmp_path):
+    path = write_rows(tmp_path / "rows.json", *[("Say it", f"answer {i}") for i in range(500)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        message = f"^{tempfile.gettempdir()}: cannot be written: .* bytes free"
+        with pytest.raises(OSError, match=message) as error:
+            tokenize_dataset(path, ByteTokenizer(), 512)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
 
 
 # Length
 
 
-def test_long_rows_are_cut_and_counted_in_one_message(tmp_path, capsys):
+def test_long_rows_are_cut_and_all_are_counted(tmp_path, capsys):
     length = prompt_length("a") + 4
     path = write_rows(
         tmp_path / "rows.json",
@@ -216,43 +127,92 @@ def test_long_rows_are_cut_and_counted_in_one_message(tmp_path, capsys):
     assert all(len(row["input_ids"]) == len(row["labels"]) == length for row in rows)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"{path}: of 7 rows 4 were cut to the {length} tokens ")
-    assert "and 2 left out, whose prompt alone fills that" in err
-    assert err.count("\n") == 1
-    whole = tokenized(path, max_seq_len=length, train_on_inputs=True)
+    what, counted = err.splitlines()
+    assert what == (
+        f"{path}: rows of instructions (instruction, output, perhaps input), in Alpaca's template"
+    )
+    assert counted == (
+        f"{path}: 7 rows, of which 4 are cut at the end of the answer, and 2 left out, to fit into "
+        f"the {length} tokens that --max_seq_len {length} leaves; 15 of {5 * length} tokens are "
+        "learned"
+    )
+    whole = tokenized(path, max_seq_len=length + 9, num_virtual_tokens=9, train_on_inputs=True)
     assert [row["input_ids"] for row in whole] == [row["input_ids"] for row in rows]
     assert all(row["labels"] == row["input_ids"] for row in whole)
-    assert capsys.readouterr().err == err
+    assert f"--max_seq_len {length + 9} less the tuned prompt's 9 leaves" in capsys.readouterr().err
+
+
+def test_conversations_that_are_cut_are_counted(tmp_path, capsys):
+    tokenizer = chat_encoder(tmp_path / "m", CHATML).template.tokenizer
+    path = tmp_path / "rows.jsonl"
+    long = [*CHAT, {"role": "user", "content": "x " * 500}]
+    rows = [
+        CHAT,
+        CHAT + CHAT[1:] * 20,
+        [*CHAT[:1], {"role": "user", "content": "x " * 500}, CHAT[2]],
+        long,
+    ]
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    assert len(tokenized(path, tokenizer, 100)) == 3
+    assert re.search(
+        r"4 rows, of which 1 are without their oldest turns, and 1 left out, to fit into the 100 "
+        r"tokens .*; 1 end with a question, which is left out; \d+ of \d+ tokens are learned",
+        capsys.readouterr().err,
+    )
 
 
 def test_no_row_left_is_an_error_that_tells_the_lengths(tmp_path):
     path = write_rows(tmp_path / "rows.json", ("aaa", "b"), ("a", "b"))
-    shortest = prompt_length("a")
-    message = (
-        f"{path}: .* has {shortest} tokens, .* leaves {shortest}; give --max_seq_len {shortest + 1}"
-    )
-    with pytest.raises(ValueError, match=message):
-        tokenized(path, max_seq_len=shortest)
-    assert len(tokenized(path, max_seq_len=shortest + 1)) == 1
+    shortest = prompt_length("a") + 2  # with its answer and the end of sequence
+    message = f"{path}: no row fits into the {shortest - 2} .*: the shortest needs {shortest}; "
+    with pytest.raises(ValueError, match=f"{message}give --max_seq_len {shortest} at least"):
+        tokenized(path, max_seq_len=shortest - 2)
+    assert len(tokenized(path, max_seq_len=shortest - 1)) == 1
 
 
 # Split and batches
 
 
+def numbers(rows: Dataset | None) -> list[int]:
+    return [] if rows is None else rows["number"][:]
+
+
 def test_a_split_takes_every_row_once_and_depends_on_the_seed_alone():
-    rows = list(range(20))
-    train, held_out = split_dataset(rows, 6, seed=1)
+    rows = Dataset.from_dict({"number": list(range(20))})
+    train, held_out = map(numbers, split_dataset(rows, 6, seed=1))
     assert len(held_out) == 6
-    assert sorted(train + held_out) == rows
-    assert held_out not in (rows[:6], rows[14:])
+    assert sorted(train + held_out) == list(range(20))
+    assert held_out not in (list(range(6)), list(range(14, 20)))
     torch.manual_seed(5)
-    assert split_dataset(rows, 6, seed=1) == (train, held_out)
-    assert split_dataset(rows, 6, seed=2) != (train, held_out)
+    assert [*map(numbers, split_dataset(rows, 6, seed=1))] == [train, held_out]
+    assert [*map(numbers, split_dataset(rows, 6, seed=2))] != [train, held_out]
     assert split_dataset(rows, 0, seed=1) == (rows, None)
     assert len(split_dataset(rows, 19, seed=1)[0]) == 1
     for nothing_left in (-1, 20, 21):
         with pytest.raises(ValueError, match=f"val_set_size {nothing_left} .* 20 rows"):
             split_dataset(rows, nothing_left, seed=1)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 100, 1003])
+def test_batches_hold_every_row_once_and_rows_of_like_length(n):
+    lengths = [i * 7919 % 200 + 20 for i in range(n)]
+    order = LengthGrouped(lengths, batch_size=8, seed=3)
+    epochs = []
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+        assert sorted(epochs[-1]) == list(range(n)) == list(range(len(order)))
+    again = LengthGrouped(lengths, batch_size=8, seed=3)
+    again.set_epoch(1)
+    torch.manual_seed(5)
+    assert list(again) == epochs[1]  # whatever came before
+    if n > 8:
+        assert epochs[0] != epochs[1] != list(LengthGrouped(lengths, 8, seed=4))
+        firsts = [lengths[i] for i in epochs[0][::8]]
+        assert sorted(firsts) != firsts != sorted(firsts, reverse=True)
+    if n > 100:
+        grouped, in_random_order = map(int, re.findall(r"(\d+)%", order.padding()))
+        assert grouped < 10 < 30 < in_random_order
 
 
 def test_a_batch_is_padded_on_the_right_to_its_longest_row():
@@ -278,7 +238,7 @@ UNSEEN = (  # asked before and after tuning
 
 
 def test_every_short_answer_obeys_the_skeleton_and_no_two_are_alike():
-    rows = load_instructions(SHORT_ANSWERS)
+    rows = [row for _, row in read_rows(SHORT_ANSWERS)[1]]
     for row in rows:
         match = SKELETON.fullmatch(row["output"])
         assert match, row
@@ -305,18 +265,8 @@ def test_the_short_answers_are_as_their_readme_says_in_a_folder_that_is_no_packa
     assert not SHORT_ANSWERS.with_name("__init__.py").exists()
 
 
-def test_short_answers_fit_the_usual_length(tokenizer, capsys):
-    assert len(tokenized(SHORT_ANSWERS, tokenizer, 256)) == len(load_instructions(SHORT_ANSWERS))
-    assert capsys.readouterr().err == ""
-
-
-def test_the_chat_template_of_a_tuned_prompt_gives_what_it_was_trained_on(tokenizer):
-    template = ChatTemplate(alpaca_chat_template(tokenizer), tokenizer)
-    for instruction in ("Name a river.", " {% raw %}\n\n{{ x }} 你好 ", "### Response:"):
-        messages = [{"role": "user", "content": instruction}]
-        assert template.ids(messages) == tokenizer.encode(alpaca_prompt(instruction))
-    more = [*messages, {"role": "assistant", "content": "One"}, {"role": "user", "content": "Two"}]
-    after = tokenizer.decode(template.ids(more)).removeprefix(alpaca_prompt(instruction))
-    assert after == "One\n\n### Instruction:\nTwo\n\n### Response:"
-    with pytest.raises(ValueError, match="takes no system message"):
-        template.ids([{"role": "system", "content": "Be kind"}, *messages])
+def test_short_answers_fit_the_usual_length(capsys):
+    for path, _ in TOKENIZERS.values():
+        rows = tokenize_dataset(SHORT_ANSWERS, Tokenizer(path), 256).rows
+        assert len(rows) == len(json.loads(SHORT_ANSWERS.read_text(encoding="utf-8")))
+        assert f"{SHORT_ANSWERS}: {len(rows)} rows, which all fit; " in capsys.readouterr().err

@@ -23,6 +23,7 @@ BAD = [
     (TUNING, "lr", -1.0, "above 0"),
     (TUNING, "lr", float("inf"), "above 0"),
     (TUNING, "lr_scheduler", "wavy", "one of cosine, linear"),
+    (TUNING, "template", "vicuna", "one of alpaca, chat, none, not 'vicuna'"),
     (TUNING, "warmup_steps", -1, "at least 0"),
     (TUNING, "max_grad_norm", -1.0, "at least 0"),
     (TUNING, "eval_steps", 0, "at least 1"),

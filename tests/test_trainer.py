@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 import ft_main
 from llama import files, parallel
+from llama.tuning import data
 from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import newest_checkpoint
 
@@ -115,8 +117,12 @@ def test_any_number_of_ranks_learns_the_same(runs):
 def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs):
     folder, said = runs
     for n, text in said.items():
-        assert text.startswith(f"{DATASET}: of 207 rows 129 were cut to the 88 tokens")
-        assert text.count("of 207 rows") == 1
+        lines = [line for line in text.splitlines() if line.startswith(f"{DATASET}: ")]
+        rows = "rows of instructions (instruction, output, perhaps input), in Alpaca's template"
+        assert lines[0] == f"{DATASET}: {rows}"
+        assert lines[1].startswith(f"{DATASET}: 207 rows, of which 129 are cut at the end of")
+        assert lines[2].startswith(f"{DATASET}: batches of rows of like length: ")
+        assert len(lines) == 3
         assert text.count("step 10 of 20: loss") == 1
         out = folder / f"out{n}"
         for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-20"):
@@ -158,13 +164,18 @@ def tuned(tmp_path_factory):
     ("changes", "message"),
     [
         ({}, r"in use: holds adapter_config\.json.*; choose another folder, or --resume"),
-        ({"resume": True, "num_virtual_tokens": 9}, "options .num_virtual_tokens.; give those in"),
+        (
+            {"resume": True, "num_virtual_tokens": 9},
+            "options .num_virtual_tokens, .*; give those in",
+        ),
         ({"resume": True, "ckpt_dir": "other"}, "begun with another model.*.norm_eps"),
         ({"resume": True, "batch_size": 3, "seed": 1}, "another .* .batch_size, seed."),
         ({"resume": True, "dtype": "bfloat16"}, "another .* .dtype"),
+        ({"resume": True, "template": "none"}, "another .* .tokens_sha256"),
+        ({"output_dir": "new5", "columns": "question=output"}, "no column 'question', which --col"),
         ({"output_dir": "new1", "resume": True}, "no whole checkpoint to resume"),
         ({"output_dir": "new2", "dataset_path": "none.json"}, "none.json"),
-        ({"output_dir": "new3", "max_seq_len": 20}, "no row leaves room"),
+        ({"output_dir": "new3", "max_seq_len": 20}, "no row fits into the 12 tokens"),
         ({"output_dir": "new4", "lr": 1e38, "warmup_steps": 0}, "NaN or infinite; lower --lr"),
     ],
 )
@@ -285,11 +296,20 @@ def test_a_second_run_in_a_folder_is_told_at_once(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(size: int):
-    """Let no file grow beyond a size, which the system refuses as it does on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    """Let no file of a run grow beyond a size, which the system refuses as it does on a full disk.
+
+    The tokens are written elsewhere, and before.
+    """
+    limits, tokenize = resource.getrlimit(resource.RLIMIT_FSIZE), data.tokenize_dataset
+
+    def tokenize_then_limit(*args, **options):
+        made = tokenize(*args, **options)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        return made
+
     try:
-        yield
+        with mock.patch.object(data, "tokenize_dataset", tokenize_then_limit):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -348,9 +368,9 @@ def test_a_run_that_came_to_nothing_leaves_its_folder_usable(tmp_path):
 
 def test_without_the_package_datasets_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))  # as our folder looks
-    monkeypatch.delitem(sys.modules, "llama.tuning.trainer")
+    monkeypatch.delitem(sys.modules, "llama.tuning.rows")
     with pytest.raises(ImportError, match="pip install datasets"):
-        importlib.import_module("llama.tuning.trainer")
+        importlib.import_module("llama.tuning.rows")
 
 
 def test_epochs_with_evaluation_resume_bit_equal(tmp_path):

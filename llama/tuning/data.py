@@ -146,13 +146,16 @@ def _encoded(
 def _write(name: str, encoded: Iterator[Tokens]) -> str:
     """Write tokens as an Arrow file, a few rows at a time; their SHA-256."""
     hashed = hashlib.sha256()
-    with pyarrow.OSFile(name, "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+    with (
+        naming_refusals(Path(tempfile.gettempdir())),
+        pyarrow.OSFile(name, "wb") as file,
+        pyarrow.ipc.new_stream(file, SCHEMA) as writer,
+    ):
         while some := list(itertools.islice(encoded, MANY)):
             rows = [(x.ids, x.labels, len(x.ids), x.n_learned) for x in some]
             for ids, labels, *_ in rows:
                 hashed.update(array("i", ids + labels))
-            with naming_refusals(Path(tempfile.gettempdir())):
-                writer.write_batch(pyarrow.record_batch(list(zip(*rows)), schema=SCHEMA))
+            writer.write_batch(pyarrow.record_batch(list(zip(*rows)), schema=SCHEMA))
     return hashed.hexdigest()
 
 
