@@ -3,7 +3,6 @@
 import datetime
 import functools
 import json
-import re
 from collections.abc import Sequence, Sized
 from typing import Any
 
@@ -17,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama import parallel
 from llama.cli import memory_limit, shown, time_limit
 from llama.files import check_text
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, any_of
 
 TIME_LIMIT = 30  # seconds for a template, which is a stranger's program
 MEMORY_LIMIT = 1 << 30  # bytes
@@ -72,8 +71,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str | None = None) -> None:
         self.source, self.tokenizer, self.name = source, tokenizer, name
-        names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.special = any_of(tuple(tokenizer.special_tokens))
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ChatTemplate":

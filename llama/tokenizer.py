@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -141,11 +142,9 @@ class Tokenizer:
 
     def _encode_parts(self, s: str, mark: str) -> list[int]:
         """Ids of the special tokens named in a text, and of what is between, by itself."""
-        names = sorted(self.special_tokens, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", s) if names else [s]
         ids = []
-        for part in filter(None, parts):
-            special = self.special_tokens.get(part) if names else None
+        for part in filter(None, any_of(tuple(self.special_tokens)).split(s)):
+            special = self.special_tokens.get(part)
             plain = part.replace(mark, "") if mark else part
             ids += self._encode(plain) if special is None else [special]
         return ids
@@ -290,6 +289,13 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             if key.endswith("_token") and isinstance(token, str):
                 self.words[key] = token
+
+
+@functools.lru_cache(maxsize=8)  # it takes longer than most texts
+def any_of(names: tuple[str, ...]) -> re.Pattern:
+    """The expression that finds names in a text, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def read_template(path: Path) -> str:

@@ -55,6 +55,11 @@ def flip_front(content: bytes, choose: random.Random) -> bytes:
     return flip(content, choose, lambda: int(len(content) * choose.random() ** 4))
 
 
+def flip_end(content: bytes, choose: random.Random) -> bytes:
+    """Change bytes, mostly at the end, where Parquet has its header."""
+    return flip(content, choose, lambda: int(len(content) * (1 - choose.random() ** 4)))
+
+
 def somewhere(value: object, choose: random.Random) -> tuple:
     """Give a random place in nested lists and objects: the one that holds it, and its key there."""
     while True:

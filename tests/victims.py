@@ -21,6 +21,7 @@ from damage import (
     NUMBERS,
     any_way,
     flip,
+    flip_end,
     flip_front,
     hostile,
     odd_header,
@@ -36,6 +37,7 @@ from damage import (
 from formats import byte_level_vocabulary, save_hf, write_gguf
 from safetensors.torch import load_file
 
+import datasets
 import ft_main
 from llama import LLaMA, cli, parallel
 from llama.checkpoint.folder import Checkpoint
@@ -64,6 +66,10 @@ DIM, VOCAB_SIZE = 16, 512
 PARAMS = {"dim": DIM, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCAB_SIZE}
 TEXTS = ["", "Hello,  world! It's\n12345", "a" * 3000 + "!", "żółć \U0001f600 \0\u202e", "\ud800"]
 TIKTOKEN = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+CHATS = [
+    {"messages": [{"role": role, "content": role * n} for role in ("user", "assistant")] * n}
+    for n in range(1, 6)
+]
 ROWS = [{"instruction": f"Say {word}", "output": word * 3} for word in ("a", "bb", "c", "dd", "e")]
 
 
@@ -153,6 +159,17 @@ def make_rows(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(TIKTOKEN)
     (folder / "rows.json").write_text(json.dumps(ROWS))
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (folder / "rows_of_chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    (folder / "rows.csv").write_text(
+        "instruction,output\n" + "\n".join(",".join(row.values()) for row in ROWS)
+    )
+
+
+def make_arrow(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(TIKTOKEN)
+    rows = datasets.Dataset.from_list(CHATS * 5)
+    rows.to_parquet(folder / "rows.parquet")
+    rows.save_to_disk(str(folder / "rows"))
 
 
 def make_flags(folder: Path) -> None:
@@ -252,9 +269,11 @@ def read_text(folder: Path) -> object:
 
 
 def read_rows(folder: Path) -> object:
-    for name in ("rows.json", "rows.jsonl"):
-        rows = tokenize_dataset(folder / name, Tokenizer(folder), 300)
-        assert rows
+    paths = [path for path in folder.iterdir() if path.name.startswith("rows")]
+    assert paths
+    for path in paths:
+        rows = tokenize_dataset(path, Tokenizer(folder), 300).rows
+        assert len(rows)
         for row in rows:
             assert 0 < len(row["input_ids"]) == len(row["labels"]) <= 300
             assert ((row["labels"] == row["input_ids"]) | (row["labels"] == -100)).all()
@@ -394,6 +413,9 @@ KINDS = {
     "stranger": Kind(make_run, "out/*", (any_way,), read_run, finish=hash_anew, tries=8),
     "prompts": Kind(make_prompts, "*", (odd_line, flip), read_text),
     "dataset": Kind(make_rows, "rows*", (odd_line, odd_json, flip), read_rows),
+    "arrow": Kind(
+        *(make_arrow, "rows*", (flip, flip_front, flip_end, odd_json), read_rows), tries=40
+    ),
     "options": Kind(make_flags, "flags.txt", (odd_flags,), read_flags, named="--", tries=100),
     "ranks": Kind(
         *(make_whole, "*", BYTES, read_on_ranks, MANIFEST, read_on_one),

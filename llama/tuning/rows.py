@@ -289,9 +289,13 @@ def _folder(path: Path, choose: Choose) -> Found:
             )
         (found,) = found.values()
     columns = found.select_columns(choose(found.column_names))
-    yield from _numbered(path, (table for table in columns.with_format("arrow").iter(MANY)))
+    yield from _numbered(path, columns.with_format("arrow").iter(MANY))
 
 
 def _numbered(path: Path, tables: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Found:
-    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+    number = 0
+    for table in tables:
+        table.validate(full=True)  # an Arrow file's own places are taken as they are
+        for row in table.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
