@@ -6,6 +6,7 @@ Start reading at FILES, one dataset in all formats, and read(), its rows.
 import csv
 import json
 import re
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,6 +303,12 @@ def test_a_folder_that_is_no_dataset_is_told(tmp_path):
             read(tmp_path / "saved")
         assert "\n" not in str(error.value)
         (tmp_path / "saved" / damaged).write_text(before)
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    places = [array("i", x).tobytes() for x in ((0, 6, 9), (0, -6, 9))]  # of the instructions
+    assert arrow.read_bytes().count(places[0]) == 1
+    arrow.write_bytes(arrow.read_bytes().replace(*places))
+    with pytest.raises(ValueError, match="saved: unreadable: "):
+        read(tmp_path / "saved")
     whole = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=whole, test=whole).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ValueError, match="two: holds the datasets train, test: give the folder of"):

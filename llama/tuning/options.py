@@ -28,7 +28,7 @@ def option(default: object, at_least: int | None = None, must_stay: bool = False
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """Train a soft prompt on instructions; the model itself, split over the ranks, stays as it is.
+    """Train a soft prompt on examples; the model itself, split over the ranks, stays as it is.
 
     Args:
         ckpt_dir: a folder in Meta's format, best with one shard a rank (see split_model.py), a

@@ -215,7 +215,7 @@ class ChatEncoder:
 def _unclear(why: str) -> ValueError:
     return ValueError(
         f"in this chat template it is not certain which tokens are an answer's: {why}; give "
-        "another, or rows of one question and one answer, and --template alpaca"
+        "another, or rows of one question and one answer, which --template alpaca takes too"
     )
 
 
