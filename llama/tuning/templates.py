@@ -94,10 +94,9 @@ class PromptEncoder:
 
     def encode(self, row: Row, longest: int) -> Tokens:
         """The tokens of a row, cut to the longest length if that leaves some of the answer."""
-        if self.alpaca and "instruction" in row:
-            prompt = alpaca_prompt(row["instruction"], row["input"])
-        else:
-            prompt = alpaca_prompt(prompt_of(row)) if self.alpaca else prompt_of(row)
+        prompt = prompt_of(row)
+        if self.alpaca:
+            prompt = alpaca_prompt(row.get("instruction", prompt), row.get("input", ""))
         begin = self.tokenizer.encode("")  # BOS, where the model takes one
         prompt_ids, answer_ids = encode_behind(self._ids, prompt, answer_of(row))
         prompt_ids = begin + prompt_ids
