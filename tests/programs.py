@@ -127,10 +127,11 @@ def fail(rank: int, how: str) -> None:
 
 def come_late() -> str:
     """Meet, where rank 1 takes longer than the others' patience."""
-    parallel.PATIENCE = timedelta(seconds=0.5)
     parallel.setup()
+    dist.barrier()  # or one that was slow to start would be waited for too
+    parallel.PATIENCE = timedelta(seconds=1)
     if parallel.rank() == 1:
-        time.sleep(2)
+        time.sleep(2.5)
     parallel.meet("to wake up")
     return "met"
 

@@ -111,6 +111,10 @@ def test_a_mistyped_flag_is_answered_once_on_several_ranks():
             r"error: a\x1b[2Jb\nc\udc80x",
         ),
         (raising(torch.OutOfMemoryError("CUDA out of memory")), "error: out of memory (CUDA"),
+        (
+            raising(RuntimeError("[gloo/pair.cc:550] Connection closed by peer [::1]:9")),
+            "error: another rank ended before its time",
+        ),
     ],
 )
 def test_what_the_machine_cannot_give_is_one_line(monkeypatch, capfd, fail, message):

@@ -54,7 +54,8 @@ def by_forward(model, cache):
 def test_kernels_give_the_states_and_the_cache_of_forward(kind, bsz):
     model = build(kind)
     results, forward = steps_of(model, bsz, by_kernels), steps_of(model, bsz, by_forward)
-    exact = steps_of(model.float(), bsz, by_forward)
+    # of 8 and 4 bits forward computes in float32 already
+    exact = forward if kind.startswith("int") else steps_of(model.float(), bsz, by_forward)
     for ours, expected, reference in zip(results, forward, exact):
         assert ours.dtype == expected.dtype
         # of half precision forward rounds whatever it computes, kernels what they keep

@@ -42,8 +42,9 @@ PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
 DATASET = REPO / "datasets" / "short_answers.json"
 RUN = {  # what is learned on several numbers of ranks
-    **{"max_steps": 20, "warmup_steps": 2, "batch_size": 4},
-    **{"save_steps": 10, "val_set_size": 8, "eval_steps": 10},
+    **{"max_steps": 10, "warmup_steps": 2, "batch_size": 4},
+    **{"save_steps": 5, "val_set_size": 8, "eval_steps": 5},
+    "lr_scheduler": "constant_with_warmup",  # which knows no end
 }
 
 
@@ -103,7 +104,7 @@ def runs(tmp_path_factory):
 def test_any_number_of_ranks_learns_the_same(runs):
     one, *others = (runs[0] / f"out{n}" for n in (1, 2, 4))
     expected = losses(one) + losses(one, "eval_loss")
-    assert len(losses(one)) == 20
+    assert len(losses(one)) == 10
     evaluations = [loss for _, loss in losses(one, "eval_loss")]
     assert evaluations[0] > evaluations[-1]  # before and after
     for folder in others:
@@ -123,21 +124,22 @@ def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs)
         assert lines[1].startswith(f"{DATASET}: 207 rows, of which 129 are cut at the end of")
         assert lines[2].startswith(f"{DATASET}: batches of rows of like length: ")
         assert len(lines) == 3
-        assert text.count("step 10 of 20: loss") == 1
+        assert text.count("step 5 of 10: loss") == 1
         out = folder / f"out{n}"
-        for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-20"):
+        for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-10"):
             assert (out / name).exists(), name
-        held = {path.name: path.stat().st_size for path in (out / "checkpoint-10").iterdir()}
+        held = {path.name: path.stat().st_size for path in (out / "checkpoint-5").iterdir()}
         assert held.keys() >= {"adapter_model.safetensors", "optimizer.safetensors", "run.json"}
         assert sum(held.values()) < 100_000
 
 
 def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):
     folder, reference, out = runs[0], runs[0] / "out2", runs[0] / "killed"
-    command = command_of("ft_main.py", *flags_of(**options_of(folder, "killed", 2, **RUN)), n=2)
+    endless = options_of(folder, "killed", 2, **RUN) | {"max_steps": 10**6}
+    command = command_of("ft_main.py", *flags_of(**endless), n=2)
     agent = subprocess.Popen(command, cwd=REPO, text=True, stderr=subprocess.PIPE)
     for line in agent.stderr:
-        if line.startswith("step 14 "):  # between the saves of steps 10 and 20
+        if line.startswith("step 7 "):  # between the saves of steps 5 and 10
             ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
             os.kill(int(ranks[1]), signal.SIGKILL)
             break
@@ -145,8 +147,10 @@ def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):
     message = agent.communicate(timeout=60)[1]
     assert time.monotonic() - began < 30
     assert agent.returncode == 1
-    assert message.count("error: another rank ended") == 1
-    assert (out / "checkpoint-10").is_dir()
+    # Only torchrun is sure to say why: it may end rank 0 before that can.
+    assert message.count("Signal 9 (SIGKILL)") == 1
+    assert message.count("error: ") == message.count("error: another rank ended") <= 1
+    assert (out / "checkpoint-5").is_dir()
     assert not (out / "adapter_config.json").exists()
     resumed = tune_on_ranks(folder, "killed", 2, resume=True, **RUN)
     assert resumed.returncode == 0, resumed.stderr[-3000:]

@@ -194,7 +194,7 @@ def split_in_child(folder: Path) -> multiprocessing.Process:
 
 
 def test_fifty_kills_leave_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_path):
-    make_ckpt(tmp_path / "ckpt", vocab_size=512, n_kv_heads=2, dim=512, n_layers=6)
+    make_ckpt(tmp_path / "ckpt", vocab_size=512, n_kv_heads=2, dim=256, n_layers=6)
     source = hashes_of(tmp_path / "ckpt")
     expected = hashes_of(reshard(tmp_path / "ckpt", tmp_path / "expected", 4))
     start = time.perf_counter()
