@@ -155,9 +155,9 @@ def test_a_process_that_is_stopped_does_not_run_out_of_time(tmp_path):
     (tmp_path / "script.py").write_text(
         "import os, signal, time\nfrom llama import cli, parallel\n"
         "if not (child := os.fork()):\n"
-        "    with cli.time_limit(3, 'too late'):\n        [time.sleep(0.5) for _ in range(4)]\n"
+        "    with cli.time_limit(2, 'too late'):\n        [time.sleep(0.25) for _ in range(4)]\n"
         "    os._exit(0)\n"
-        "time.sleep(0.5)\nos.kill(child, signal.SIGSTOP)\ntime.sleep(5)\n"
+        "time.sleep(0.5)\nos.kill(child, signal.SIGSTOP)\ntime.sleep(3)\n"
         "os.kill(child, signal.SIGCONT)\nprint(os.waitpid(child, 0)[1])\n"
     )
     assert run_script(tmp_path / "script.py").stdout == "0\n"

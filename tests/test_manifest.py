@@ -231,14 +231,13 @@ def test_two_folders_that_differ_are_named(folder, tmp_path):
         compare(changed("again", other_weight), Checkpoint(tmp_path / "half"))
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_no_number_of_ranks_makes_text_of_damage(tmp_path, n):
+def test_two_ranks_make_no_text_of_damage_that_one_of_them_reads(tmp_path):
     path, vocab_size = TOKENIZERS["sentencepiece"]
     folder = make_ckpt(tmp_path / "ckpt", n=4, vocab_size=vocab_size, n_kv_heads=2)
     content = bytearray(shard_of(folder, 3).read_bytes())
     content[-100_000] ^= 1  # within output.weight, which only one rank checks
     shard_of(folder, 3).write_bytes(content)
-    result = run_script("example.py", *flags_of(ckpt_dir=folder, tokenizer_path=path), n=n)
+    result = run_script("example.py", *flags_of(ckpt_dir=folder, tokenizer_path=path), n=2)
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.count("error: ") == 1

@@ -39,7 +39,7 @@ from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import newest_checkpoint
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
-MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
+MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 1}  # fewer than ranks
 DATASET = REPO / "datasets" / "short_answers.json"
 RUN = {  # what is learned on several numbers of ranks
     **{"max_steps": 10, "warmup_steps": 2, "batch_size": 4},
@@ -89,48 +89,44 @@ def prompt_of(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run on 1, 2 and 4 ranks: the folder they are in, and what each said."""
-    folder, said = tmp_path_factory.mktemp("runs"), {}
+    """The same run on 1 and 2 ranks: the folder they are in, and what the two said."""
+    folder = tmp_path_factory.mktemp("runs")
     tune(folder, "out1", **RUN)
-    for n in (2, 4):
-        before = hashes_of(make_ckpt(folder / f"ckpt{n}", n=n, **MODEL))
-        result = tune_on_ranks(folder, f"out{n}", n, **RUN)
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert hashes_of(folder / f"ckpt{n}") == before
-        said[n] = result.stderr
-    return folder, said
+    before = hashes_of(make_ckpt(folder / "ckpt2", n=2, **MODEL))
+    result = tune_on_ranks(folder, "out2", 2, **RUN)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert hashes_of(folder / "ckpt2") == before
+    return folder, result.stderr
 
 
-def test_any_number_of_ranks_learns_the_same(runs):
-    one, *others = (runs[0] / f"out{n}" for n in (1, 2, 4))
+def test_two_ranks_learn_what_one_learns(runs):
+    """That four get the same gradient is in test_tuning_model.py."""
+    one, two = (runs[0] / f"out{n}" for n in (1, 2))
     expected = losses(one) + losses(one, "eval_loss")
     assert len(losses(one)) == 10
     evaluations = [loss for _, loss in losses(one, "eval_loss")]
     assert evaluations[0] > evaluations[-1]  # before and after
-    for folder in others:
-        found = losses(folder) + losses(folder, "eval_loss")
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        values = [torch.tensor([loss for _, loss in run]) for run in (found, expected)]
-        torch.testing.assert_close(*values, rtol=1e-4, atol=0)
-        torch.testing.assert_close(prompt_of(folder), prompt_of(one), rtol=0, atol=1e-4)
+    found = losses(two) + losses(two, "eval_loss")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    values = [torch.tensor([loss for _, loss in run]) for run in (found, expected)]
+    torch.testing.assert_close(*values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(prompt_of(two), prompt_of(one), rtol=0, atol=1e-4)
 
 
 def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs):
     folder, said = runs
-    for n, text in said.items():
-        lines = [line for line in text.splitlines() if line.startswith(f"{DATASET}: ")]
-        rows = "rows of instructions (instruction, output, perhaps input), in Alpaca's template"
-        assert lines[0] == f"{DATASET}: {rows}"
-        assert lines[1].startswith(f"{DATASET}: 207 rows, of which 129 are cut at the end of")
-        assert lines[2].startswith(f"{DATASET}: batches of rows of like length: ")
-        assert len(lines) == 3
-        assert text.count("step 5 of 10: loss") == 1
-        out = folder / f"out{n}"
-        for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-10"):
-            assert (out / name).exists(), name
-        held = {path.name: path.stat().st_size for path in (out / "checkpoint-5").iterdir()}
-        assert held.keys() >= {"adapter_model.safetensors", "optimizer.safetensors", "run.json"}
-        assert sum(held.values()) < 100_000
+    lines = [line for line in said.splitlines() if line.startswith(f"{DATASET}: ")]
+    rows = "rows of instructions (instruction, output, perhaps input), in Alpaca's template"
+    assert lines[0] == f"{DATASET}: {rows}"
+    assert lines[1].startswith(f"{DATASET}: 207 rows, of which 129 are cut at the end of")
+    assert lines[2].startswith(f"{DATASET}: batches of rows of like length: ")
+    assert len(lines) == 3
+    assert said.count("step 5 of 10: loss") == 1
+    for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-10"):
+        assert (folder / "out2" / name).exists(), name
+    held = {path.name: path.stat().st_size for path in (folder / "out2/checkpoint-5").iterdir()}
+    assert held.keys() >= {"adapter_model.safetensors", "optimizer.safetensors", "run.json"}
+    assert sum(held.values()) < 100_000
 
 
 def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):

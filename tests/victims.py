@@ -409,7 +409,7 @@ KINDS = {
     ),
     "adapter": Kind(make_adapter, "*a[sd][ea]*", ADAPTER, read_adapter, tries=100),
     "old adapter": Kind(make_old_adapter, "*.bin", OLD_ADAPTER, read_adapter, tries=100),
-    "checkpoint": Kind(make_run, "out/*", (any_way,), read_run, voucher=RUN, tries=100),
+    "checkpoint": Kind(make_run, "out/*", (any_way,), read_run, voucher=RUN, tries=50),
     "stranger": Kind(make_run, "out/*", (any_way,), read_run, finish=hash_anew, tries=8),
     "prompts": Kind(make_prompts, "*", (odd_line, flip), read_text),
     "dataset": Kind(make_rows, "rows*", (odd_line, odd_json, flip), read_rows),
