@@ -112,6 +112,11 @@ def gradient(ckpt_dir: str, batch: dict, checkpointing: bool) -> dict:
     return {"loss": loss.item(), "gradient": found}
 
 
+def all_of(calls: list) -> list:
+    """Call several of these functions, each by its name and values; what they return."""
+    return [globals()[name](**values) for name, values in calls]
+
+
 def fail(rank: int, how: str) -> None:
     """One rank fails, before it joins the group or amid collectives; the others wait for it."""
     if parallel.rank() == rank and how == "before setup":

@@ -61,10 +61,10 @@ def test_an_adapter_of_plain_peft_gives_the_same_text_here(tmp_path):
                 new.append(base(inputs_embeds=embeds[None]).logits[0, -1].argmax().item())
         assert output.token == [token for token in new if token != 2]
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
-    flags = {"ckpt_dir": make_ckpt(tmp_path / "four", n=4, **MODEL), "tokenizer_path": PATH}
+    flags = {"ckpt_dir": make_ckpt(tmp_path / "two", n=2, **MODEL), "tokenizer_path": PATH}
     flags |= {"tuning_ckpt_path": tmp_path / "adapter", "prompts_file": tmp_path / "prompts.txt"}
     flags |= {"temperature": 0, "max_gen_len": 12}
-    result = run_script("example_ft.py", *flags_of(**flags), n=4)
+    result = run_script("example_ft.py", *flags_of(**flags), n=2)
     assert result.returncode == 0, result.stderr[-3000:]
     found = result.stdout.split(SEPARATOR)
     assert found == [*(text + output.text for text, output in zip(TEXTS, outputs)), ""]

@@ -2,7 +2,7 @@
 
 Start reading at the fixtures: written(), tiny models with three real tokenizers, and smollm2(), a
 real model; and at assert_greedy() in others.py, which holds another program's text against ours.
-All that takes some two minutes on one core, most of it for the real model.
+All that takes some hundred seconds on one core, most of it for the real model.
 """
 
 import logging
@@ -181,13 +181,13 @@ def smollm2(tmp_path_factory):
     return folder, source, prompt, baked.prefix, generator
 
 
-@pytest.mark.parametrize(("dtype", "n"), [("float32", 16), ("float16", 12)])
-def test_llama_cpp_goes_on_with_six_prompts_as_we_do(smollm2, tmp_path, dtype, n):
+def test_llama_cpp_goes_on_with_six_prompts_as_we_do(smollm2, tmp_path):
+    """In float16; in float32 a prompt comes before them, below."""
     folder, source, *_ = smollm2
-    convert(source, tmp_path, "gguf", dtype=dtype)
+    convert(source, tmp_path, "gguf", dtype="float16")
     generator = loaded(open_any(tmp_path), Tokenizer(folder / "meta"))
     prompts = read_prompts(None)
-    assert_greedy(generator, prompts, llama_cpp(served(tmp_path, 6), prompts, n), n)
+    assert_greedy(generator, prompts, llama_cpp(served(tmp_path, 6), prompts, 12), 12)
 
 
 @torch.inference_mode()
@@ -196,7 +196,7 @@ def test_q8_0_loses_less_than_a_hundredth(smollm2, tmp_path):
     convert(source, tmp_path, "gguf", dtype="q8_0")
     assert len(llama_cpp(served(tmp_path), ["The sea is"], 4)[0]) == 4
     tokenizer = Tokenizer(folder / "meta")
-    ids = torch.tensor([tokenizer.encode(Path("README.md").read_text())[:500]])
+    ids = torch.tensor([tokenizer.encode(Path("README.md").read_text())[:300]])
     losses = []
     for model in (source, open_any(tmp_path)):
         logits = loaded(model, tokenizer).model(ids)[0, :-1]
@@ -234,13 +234,13 @@ def test_no_token_of_the_prompt_is_ever_sampled(smollm2):
     # Behind a turn's end the model wants <|im_start|>, which is its BOS.
     prompts = [prefix + x for x in [*read_prompts(None)[:4], "<|im_start|>user\nHi<|im_end|>\n"]]
     encoded = [baked.tokenizer.encode(x, special_tokens=True) for x in prompts]
-    outputs = baked.generate(encoded, 30, temperature=1, top_p=1, seed=0)
+    outputs = baked.generate(encoded, 20, temperature=1, top_p=1, seed=0)
     for ids, output in zip(encoded, outputs):
         assert max(output.token) < n
         # Nor would one in 50,000 draws be one of them.
         probs = baked.model(torch.tensor([ids + output.token]))[0, len(ids) - 1 :].softmax(-1)
         assert probs[:, n:].sum(-1).mean() < 2e-5
     free = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0}
-    found = llama_cpp(served(folder / "baked-gguf", 5), prompts, 40, **free)
-    assert sum(map(len, found)) > 150
+    found = llama_cpp(served(folder / "baked-gguf", 5), prompts, 20, **free)
+    assert sum(map(len, found)) > 75
     assert max(map(max, found)) < n

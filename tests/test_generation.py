@@ -109,22 +109,6 @@ def test_every_format_gives_the_same_text_and_what_is_done_is_said(any_format, c
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_greedy_on_ranks_equals_hugging_face(tmp_path, on_ranks, any_format, n):
-    models, shapes = [], [model for model in MODELS if n == 2 or model[1] < n]
-    for i, (kind, n_kv_heads) in enumerate(shapes):
-        path, vocab_size = TOKENIZERS[kind]
-        ckpt_dir = make_ckpt(tmp_path / f"{i}", n, vocab_size=vocab_size, n_kv_heads=n_kv_heads)
-        models.append((str(ckpt_dir), str(path)))
-    models = any_format + models
-    *found, sampled = on_ranks(n, programs.generated_tokens, models=models, prompts=PROMPTS)
-    assert_alike(any_format, found[: len(any_format)])
-    assert found[len(any_format) :] == [of_hugging_face(*model) for model in shapes]
-    one = build(tmp_path / "one", *shapes[-1], max_batch_size=programs.MAX_BATCH_SIZE)
-    alone = one.generate(PROMPTS, **programs.SAMPLING)
-    assert sampled == [output.token for output in alone]
-
-
 @pytest.mark.parametrize("virtual", [0, 7])
 def test_prompts_are_read_a_chunk_at_a_time(tmp_path, monkeypatch, virtual):
     llama = build(tmp_path, max_batch_size=3)

@@ -1,17 +1,15 @@
-"""Transformer against Hugging Face's LlamaForCausalLM, on one rank and on several."""
+"""Transformer against Hugging Face's LlamaForCausalLM; on several ranks in test_ranks.py."""
 
-import random
 from pathlib import Path
 
 import programs
 import pytest
 import torch
-from conftest import cut_by_vocabulary, hf_reference, make_ckpt, make_params, small_params
+from conftest import hf_reference, make_ckpt, make_params
 
 from llama import layers
 from llama.cache import KVCache
 from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.weights import valid_shard_counts
 from llama.model import ModelArgs
 
 SHAPES = {
@@ -120,28 +118,6 @@ def test_building_and_loading_copy_no_weight(tmp_path):
         assert weight.untyped_storage().nbytes() <= size, name
         assert not weight.requires_grad, name
     assert str(tmp_path / "ckpt" / "fs_consolidated.00.pth") in Path("/proc/self/maps").read_text()
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_ranks_give_the_logits_of_hugging_face_from_any_number_of_shards(tmp_path, on_ranks, n):
-    choose, folders, references = random.Random(n), [], []
-    models = [make_params(vocab_size=512, n_kv_heads=heads) for heads in (8, 2)]  # below 4 ranks
-    models += [small_params(choose) for _ in range(16)]
-    for i, params in enumerate(models):
-        counts = valid_shard_counts(ModelArgs.from_params(params))
-        m = n if i % 2 else choose.choice(counts)  # ready cut, or cut while loading
-        folder = make_ckpt(tmp_path / f"{i}", n=m, **params)
-        if m > 1 and choose.random() < 0.5:
-            cut_by_vocabulary(folder)
-        folders.append(str(folder))
-        references.append(hf_reference(**params))
-    ids = token_ids(2, 40, vocab_size=12)
-    found = on_ranks(n, programs.logits, folders=folders, ids=ids.tolist())
-    for logits, reference in zip(found["logits"], references):
-        expected = reference(ids).logits
-        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-3, rtol=1e-4)
-    # embedding, two a layer, logits, token; what the layers sum is gathered (see sum_over_ranks)
-    assert found["collectives"] == ["all_gather"] * (1 + 2 * 2 + 1) + ["broadcast"]
 
 
 @pytest.mark.parametrize(

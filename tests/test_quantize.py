@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    TOKENIZERS,
     edit_json,
     edit_shard,
     hashes_of,
-    make_ckpt,
     make_params,
     random_source,
     shard_of,
@@ -18,7 +16,6 @@ from conftest import (
 from formats import write_gguf
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from programs import generated_tokens
 
 import split_model
 from llama import layers, parallel
@@ -127,18 +124,6 @@ def test_a_quantised_folder_cut_anew_is_the_model_quantised_so(source, tmp_path,
     exact = load_model(source, device)(ids)
     off = (loaded - exact).norm() / exact.norm()
     assert 1e-4 < off < {"int8": 0.1, "int4": 0.9}[quantize]
-
-
-def test_quantised_ranks_write_what_one_writes(tmp_path, on_ranks):
-    tokenizer = TOKENIZERS["sentencepiece"][0]
-    make_ckpt(tmp_path / "float", **(MODEL | {"vocab_size": 32000}))
-    models = []
-    for quantize in ("int8", "int4"):
-        source = quantized(Checkpoint(tmp_path / "float"), quantize)
-        write_checkpoint(source, tmp_path / quantize, 2)
-        models.append([str(tmp_path / quantize), str(tokenizer)])
-    values = {"models": models, "prompts": ["Hello", "The capital of France is", "1 2 3"]}
-    assert on_ranks(2, generated_tokens, **values) == generated_tokens(**values)
 
 
 def test_what_cannot_be_quantised_is_told(source, tmp_path):

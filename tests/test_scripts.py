@@ -9,7 +9,7 @@ PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
 
 def test_one_and_two_ranks_give_the_text_of_the_whole_model_from_two_shards(tmp_path):
-    """That four do, and from other numbers of shards, is in test_generation.py."""
+    """That four do, and from other numbers of shards, is in test_ranks.py."""
     ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=VOCAB_SIZE, n_kv_heads=2)
     split = run_script("split_model.py", "--ckpt_dir", ckpt_dir, "--n", 2)
     assert split.returncode == 0, split.stderr

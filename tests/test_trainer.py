@@ -100,7 +100,7 @@ def runs(tmp_path_factory):
 
 
 def test_two_ranks_learn_what_one_learns(runs):
-    """That four get the same gradient is in test_tuning_model.py."""
+    """That four get the same gradient is in test_ranks.py."""
     one, two = (runs[0] / f"out{n}" for n in (1, 2))
     expected = losses(one) + losses(one, "eval_loss")
     assert len(losses(one)) == 10

@@ -1,4 +1,6 @@
-"""The model under PEFT: the same loss and gradient as Hugging Face's, on any number of ranks."""
+"""The model under PEFT: the same loss and gradient as Hugging Face's; on ranks in test_ranks.py."""
+
+from pathlib import Path
 
 import peft
 import programs
@@ -17,29 +19,42 @@ VOCAB_SIZE = TOKENIZERS["sentencepiece"][1]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
 
 
-@pytest.mark.parametrize(("n", "checkpointing"), [(1, False), (4, True)])
-def test_gradient_equals_peft_over_hugging_face(tmp_path, on_ranks, n, checkpointing):
-    # std 0.2: at 0.5 Hugging Face's own float32 is 2e-5 away from its float64
-    source = random_source(make_params(**MODEL), std=0.2)
-    write_checkpoint(source, tmp_path / "ckpt", n)
+# std 0.2: at 0.5 Hugging Face's own float32 is 2e-5 away from its float64
+SOURCE = random_source(make_params(**MODEL), std=0.2)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Four rows, of which one is padded, with prompts that are not learned."""
     ids = torch.randint(VOCAB_SIZE, (4, 24), generator=torch.Generator().manual_seed(3))
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[:, :8] = -100
     mask[1, 18:], labels[1, 18:] = 0, -100
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    values = {"ckpt_dir": str(tmp_path / "ckpt"), "checkpointing": checkpointing}
-    values["batch"] = {name: tensor.tolist() for name, tensor in batch.items()}
-    found = programs.gradient(**values) if n == 1 else on_ranks(n, programs.gradient, **values)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def for_gradient(folder: Path, n: int, checkpointing: bool) -> dict:
+    """What programs.gradient() is given, its model written in n shards."""
+    write_checkpoint(SOURCE, folder, n)
+    values = {"ckpt_dir": str(folder), "checkpointing": checkpointing}
+    return values | {"batch": {name: tensor.tolist() for name, tensor in batch().items()}}
+
+
+def assert_gradient(found: dict) -> None:
+    """What programs.gradient() gave is what PEFT over Hugging Face's model gives."""
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=16)
-    reference = peft.get_peft_model(hf_model(source), config)
+    reference = peft.get_peft_model(hf_model(SOURCE), config)
     weight = soft_prompt_of(reference)
     with torch.no_grad():
-        weight.copy_(source.read("tok_embeddings.weight")[50:66])
-    loss = reference(**batch).loss
+        weight.copy_(SOURCE.read("tok_embeddings.weight")[50:66])
+    loss = reference(**batch()).loss
     loss.backward()
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     difference = torch.tensor(found["gradient"]) - weight.grad
     assert difference.norm() <= 1e-5 * weight.grad.norm()
+
+
+def test_gradient_equals_peft_over_hugging_face(tmp_path):
+    assert_gradient(programs.gradient(**for_gradient(tmp_path / "ckpt", 1, False)))
 
 
 def test_what_is_recomputed_changes_no_bit_and_sums_over_no_ranks_twice(tmp_path, monkeypatch):
@@ -82,8 +97,7 @@ def test_p_tuning_goes_through_the_same_model(tmp_path):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_gradients_through_a_half_precision_model_keep_their_size(tmp_path, dtype, tolerance, size):
-    source = random_source(make_params(**MODEL), std=0.2)
-    write_checkpoint(source, tmp_path / "ckpt")
+    write_checkpoint(SOURCE, tmp_path / "ckpt")
     ids = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
     gradients = []
     for wanted in (torch.float32, getattr(torch, dtype)):
