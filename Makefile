@@ -66,7 +66,8 @@ $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 
 # lint, then run all tests, on the CPU and offline, two files at a time
 test: lint check-cuda
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder
 
 # prove what a CPU can of the path on GPUs: devices, collectives, waits, memory, on a pretended card
 check-cuda: $(VENV)/installed

@@ -30,10 +30,11 @@ def test_one_and_two_ranks_give_the_text_of_the_whole_model_from_two_shards(tmp_
 
 
 def test_an_invalid_number_of_ranks_is_said_once_with_the_valid_ones(tmp_path):
-    ckpt_dir = make_ckpt(tmp_path / "ckpt", vocab_size=VOCAB_SIZE)
-    result = run_script("example.py", "--ckpt_dir", ckpt_dir, "--tokenizer_path", PATH, n=3)
+    sizes = {"vocab_size": VOCAB_SIZE, "n_heads": 5, "dim": 80, "multiple_of": 80}
+    ckpt_dir = make_ckpt(tmp_path / "ckpt", **sizes)
+    result = run_script("example.py", "--ckpt_dir", ckpt_dir, "--tokenizer_path", PATH, n=2)
     assert result.returncode == 1
     assert result.stderr.count("error: ") == 1
-    assert "with 3 ranks running, it does not cut into 3 shards" in result.stderr
-    assert "Valid n: 1, 2, 4, 8" in result.stderr
+    assert "with 2 ranks running, it does not cut into 2 shards" in result.stderr
+    assert "Valid n: 1, 5" in result.stderr
     assert result.stdout == ""

@@ -44,7 +44,7 @@ def reshard(folder: Path, out: Path, n: int, dtype: torch.dtype | None = None) -
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_m_to_n_to_m_and_merging_are_bit_equal(choose):
     params, dtype = small_params(choose), choose.choice(DTYPES)
@@ -193,7 +193,7 @@ def split_in_child(folder: Path) -> multiprocessing.Process:
     return child
 
 
-def test_fifty_kills_leave_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_path):
+def test_thirty_kills_leave_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_path):
     make_ckpt(tmp_path / "ckpt", vocab_size=512, n_kv_heads=2, dim=256, n_layers=6)
     source = hashes_of(tmp_path / "ckpt")
     expected = hashes_of(reshard(tmp_path / "ckpt", tmp_path / "expected", 4))
@@ -203,7 +203,7 @@ def test_fifty_kills_leave_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_pat
     assert hashes_of(tmp_path / "out") == expected
     shutil.rmtree(tmp_path / "out")
     choose, killed, partial = random.Random(0), 0, 0
-    while killed < 50:
+    while killed < 30:
         child = split_in_child(tmp_path)
         time.sleep(choose.uniform(0, seconds))
         child.kill()
@@ -221,7 +221,7 @@ def test_fifty_kills_leave_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_pat
             assert hashes_of(tmp_path / "out") == expected
             assert not (tmp_path / ".out.partial").exists()
             shutil.rmtree(tmp_path / "out")
-    assert partial > 25  # so most kills fell into the writing
+    assert partial > 15  # so most kills fell into the writing
     assert hashes_of(tmp_path / "ckpt") == source
 
 
