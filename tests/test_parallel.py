@@ -9,7 +9,6 @@ from pathlib import Path
 
 import programs
 import pytest
-import torch
 import torch.distributed as dist
 from conftest import (
     REPO,
