@@ -1,20 +1,20 @@
 """A token's products and attention on a CPU, compiled by numba where it is installed.
 
 torch's own read a float32 weight at two thirds of the speed of memory, those of 8 and 4 bits at a
-tenth, and a step of one token is made of many calls of a few microseconds each. These read weights
-at the speed of memory, compute in float32, and do in one call what lies between two sums over
-ranks: see attention() and feed_forward(), and Decoder, which calls them.
+tenth, and a step is made of many calls of microseconds. These read weights at the speed of memory,
+compute in float32, and do in one call what lies between two sums over ranks: see Decoder.
 """
 
 import os
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 
-# Before numba is imported: each product wakes all threads of its pool, and where ranks share cores
-# those that have nothing to do took a hundred times as long as the product.
-os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
+# Each product wakes all threads of numba's pool: idle ones took a hundred times as long as it.
+if "numba" not in sys.modules:  # else they may have begun
+    os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
 import numba
 from llvmlite import binding, ir
 from numba import njit, prange, types

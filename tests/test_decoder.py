@@ -1,5 +1,8 @@
 """A step through kernels is the step of Transformer.forward, in every kind of weight."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import make_params
@@ -90,3 +93,17 @@ def test_halves_are_rounded_to_the_nearest_even_number():
         result = torch.empty(len(numbers), dtype=dtype)
         written(numbers.numpy(), kernels.array(result))
         torch.testing.assert_close(result, numbers.to(dtype), atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_program_that_uses_numba_itself_has_kernels_too():
+    program = (
+        "import numba, torch, numpy\n"
+        "@numba.njit(parallel=True)\n"
+        "def twice(x):\n    for i in numba.prange(len(x)):\n        x[i] *= 2\n"
+        "twice(numpy.ones(9))\ntorch.set_num_threads(1)\n"
+        "from llama.layers import kernels\n"
+        "assert kernels()\n"
+        "numba.njit(lambda x: x)(1)"  # to compile it reads its variables again
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
