@@ -9,6 +9,7 @@ from pathlib import Path
 
 import programs
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import (
     REPO,
@@ -90,6 +91,14 @@ def test_a_rank_that_waits_says_for_whom(tmp_path):
     assert (result.returncode, result.stdout) == (0, '"met"\n')
     assert result.stderr.count(": waiting for rank 1 to wake up") == 1
     assert "waiting for rank 2 to wake up" not in result.stderr
+
+
+def test_peaks_of_a_card_are_what_was_allocated_and_what_was_reserved(monkeypatch):
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(parallel, "_device", card)
+    for name, value in (("max_memory_allocated", 5), ("max_memory_reserved", 7)):
+        monkeypatch.setattr(torch.cuda, name, lambda of, value=value: value if of == card else 0)
+    assert parallel.device_peaks() == (5, 7)
 
 
 def test_ranks_are_connected_once():
