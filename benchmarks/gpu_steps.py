@@ -256,7 +256,7 @@ class Speed:
         about = {"unit": "steps/s", "flop": 2 * products + 3 * attention}
         plan = plan.but(tuning=True, num_virtual_tokens=VIRTUAL, learned=learned)
         # as ft_main.py does
-        model.recompute_ffn = not self.free.holds(plan.but(recompute_ffn=False))
+        model.recompute_ffn = not self.free.has_room_for(plan.but(recompute_ffn=False))
         plan = plan.but(recompute_ffn=model.recompute_ffn)
         tuned = add_soft_prompt(model, VIRTUAL, None, "random weights")
         step = tuning_step(tuned, self.source.args.vocab_size, plan.bsz, text)

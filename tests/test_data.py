@@ -163,11 +163,11 @@ def test_conversations_that_are_cut_are_counted(tmp_path, capsys):
 
 def test_no_row_left_is_an_error_that_tells_the_lengths(tmp_path):
     path = write_rows(tmp_path / "rows.json", ("aaa", "b"), ("a", "b"))
-    shortest = prompt_length("a") + 2  # with its answer and the end of sequence
-    message = f"{path}: no row fits into the {shortest - 2} .*: the shortest needs {shortest}; "
+    shortest = prompt_length("a") + 1  # with a token of its answer, of which the end is cut
+    message = f"{path}: no row fits into the {shortest - 1} .*: the shortest needs {shortest}; "
     with pytest.raises(ValueError, match=f"{message}give --max_seq_len {shortest} at least"):
-        tokenized(path, max_seq_len=shortest - 2)
-    assert len(tokenized(path, max_seq_len=shortest - 1)) == 1
+        tokenized(path, max_seq_len=shortest - 1)
+    assert len(tokenized(path, max_seq_len=shortest)) == 1
 
 
 # Split and batches

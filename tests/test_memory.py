@@ -175,7 +175,7 @@ def test_tuning_is_refused_where_its_longest_rows_cannot_be_trained_on(monkeypat
         ValueError, match=r"batches of 6 rows of 100 tokens .*; what fits: .*--quantize "
     ):
         check_tuning(plan, *rows)
-    roomy = asked.but(recompute_ffn=False).total
+    roomy = memory.ROOM * asked.but(recompute_ffn=False).total
     for free, recompute_ffn in ((roomy - 1, True), (roomy, False)):
         monkeypatch.setattr(Free, "now", lambda _, free=free: Free(free, 0))
         assert check_tuning(plan, *rows) == recompute_ffn

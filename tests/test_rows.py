@@ -5,6 +5,7 @@ Start reading at FILES, one dataset in all formats, and read(), its rows.
 
 import csv
 import json
+import os
 import re
 from array import array
 from collections.abc import Callable
@@ -314,3 +315,15 @@ def test_a_folder_that_is_no_dataset_is_told(tmp_path):
     with pytest.raises(ValueError, match="two: holds the datasets train, test: give the folder of"):
         read(tmp_path / "two")
     assert read(tmp_path / "two" / "test") == ROWS
+
+
+def test_a_column_of_a_parquet_file_that_is_misnamed_is_told_with_all_there_are(tmp_path):
+    parquet(tmp_path / "rows", [{"question": "a", "answer": "b", "id": 1}])
+    with pytest.raises(ValueError, match=r"no column 'ansver', .* there are question, answer, id"):
+        read_rows(tmp_path / "rows", "question=instruction,ansver=output")
+
+
+def test_a_pipe_which_cannot_be_read_twice_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "rows.json")
+    with pytest.raises(FileNotFoundError, match="in a file or folder"):
+        read_rows(tmp_path / "rows.json")

@@ -75,8 +75,8 @@ def read_rows(
     that is not what its ending says, and for a row that is not as it should be, with its number.
     """
     path, named = Path(path), parse_columns(columns)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such dataset (--dataset_path)")
+    if not (path.is_file() or path.is_dir()):  # a pipe cannot be read twice
+        raise FileNotFoundError(f"{path}: no such dataset, in a file or folder (--dataset_path)")
     values = _values(path, functools.partial(_useful, named))
     first = next(values, None)
     if first is None:
@@ -125,7 +125,7 @@ def _form_of(names: list[str], named: dict[str, str]) -> Form | None:
 def _useful(named: dict[str, str], names: list[str]) -> list[str]:
     """The columns that are needed; all of them where they are not known, to be named."""
     form = _form_of(names, named)
-    if form is None:
+    if form is None or not set(named.values()) <= set(names):
         return names
     wanted = [named.get(name, name) for name in form.needed + form.optional]
     return [name for name in wanted if name in names]

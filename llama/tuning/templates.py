@@ -102,8 +102,9 @@ class PromptEncoder:
         prompt_ids = begin + prompt_ids
         ids = [*prompt_ids, *answer_ids, self.tokenizer.eos_id]
         labels = [IGNORE] * len(prompt_ids) + ids[len(prompt_ids) :]
-        if len(prompt_ids) < longest < len(ids):
-            return Tokens(ids[:longest], labels[:longest], cut=True)
+        if len(ids) > longest:  # of a prompt that leaves no room, what would have to fit
+            n = max(longest, len(prompt_ids) + 1)
+            return Tokens(ids[:n], labels[:n], cut=True)
         return Tokens(ids, labels)
 
     def _ids(self, text: str) -> list[int]:
