@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from bench import machine
-from random_model import RandomSource, random_source
+from random_model import LLAMA_2_7B, RandomSource, random_source
 from reshard import TOKENIZER
 from sides import Llama, prompt_of, seconds, tuning_step
 
@@ -27,7 +27,7 @@ from llama.checkpoint.weights import EMBEDDING, OUTPUT, cut_of
 from llama.checkpoint.write import write_checkpoint
 from llama.files import load_plain, write_whole
 from llama.generation import load_model
-from llama.memory import Free
+from llama.memory import ROOM, Free
 from llama.model import Transformer
 from llama.options import dtype_name
 from llama.plan import Plan
@@ -54,7 +54,7 @@ SIZES = {
         **{"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256},
         **{"ffn_dim_multiplier": 1.5, "multiple_of": 256, "rope_theta": 500000.0},
     },
-    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256},
+    "7B": LLAMA_2_7B,
     "tiny": SMALL,
 }
 VIRTUAL = 32
@@ -256,7 +256,7 @@ class Speed:
         about = {"unit": "steps/s", "flop": 2 * products + 3 * attention}
         plan = plan.but(tuning=True, num_virtual_tokens=VIRTUAL, learned=learned)
         # as ft_main.py does
-        model.recompute_ffn = not self.free.has_room_for(plan.but(recompute_ffn=False))
+        model.recompute_ffn = not self.free.holds(plan.but(recompute_ffn=False), ROOM)
         plan = plan.but(recompute_ffn=model.recompute_ffn)
         tuned = add_soft_prompt(model, VIRTUAL, None, "random weights")
         step = tuning_step(tuned, self.source.args.vocab_size, plan.bsz, text)

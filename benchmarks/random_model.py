@@ -6,6 +6,8 @@ import torch
 
 from llama.checkpoint.weights import Source
 
+LLAMA_2_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256}
+
 
 class RandomSource(Source):
     """Random weights, the same at every call; norms lie around 1.

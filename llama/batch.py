@@ -60,9 +60,9 @@ class Batch:
                 cache=cache,
                 start_pos=[start + at] * len(rows),
             )
-            inside = range(at, at + n_positions)
-            ends = [(i, last - at) for i, last in enumerate(lasts) if last in inside]
-            finals |= {i: h[i, place].clone() for i, place in ends}
+            for i, last in enumerate(lasts):
+                if at <= last < at + n_positions:
+                    finals[i] = h[i, last - at].clone()
             found += [h] if echo else []
             del h  # before the next is made
         for row, states in zip(rows, torch.cat(found, 1) if echo else ()):

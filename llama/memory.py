@@ -36,13 +36,9 @@ class Free:
         on_card = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
         return cls(*map(min, zip(*parallel.gather_objects((on_card, host)))))
 
-    def holds(self, plan: Plan) -> bool:
-        """Whether a plan fits."""
-        return plan.total <= self.device and plan.pinned <= self.host
-
-    def has_room_for(self, plan: Plan) -> bool:
-        """Whether a plan fits with room for all that none counts."""
-        return ROOM * plan.total <= self.device and plan.pinned <= self.host
+    def holds(self, plan: Plan, room: float = 1) -> bool:
+        """Whether a plan fits; room: so many times over, for what none counts."""
+        return room * plan.total <= self.device and plan.pinned <= self.host
 
 
 def check_generation(full: Plan, chosen: bool) -> None:
@@ -87,7 +83,7 @@ def check_tuning(plan: Plan, lengths: Sequence[int], n_learned: Sequence[int]) -
     most = usual.but(learned=math.ceil(sum(learned[-bsz:]) / bsz))
     if not free.holds(most):
         say(f"{plan.ckpt.path}: {_shortage(most, free, f'{work}, the most learned together,')}")
-    return not free.has_room_for(most.but(recompute_ffn=False))
+    return not free.holds(most.but(recompute_ffn=False), ROOM)
 
 
 def _refuse_unless(free: Free, plan: Plan, work: str) -> None:

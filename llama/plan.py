@@ -160,10 +160,8 @@ class Plan:
         attended += d * normed + 4 * q // args.head_dim
         ffn = d * normed + 3 * f * b
         kept = attended + (d * b if self.recompute_ffn else ffn)
-        together = 1
-        if self.gradient_checkpointing:
-            together = 1 if self.offload else min(RECOMPUTED_TOGETHER, args.n_layers)
         recomputed = args.n_layers if self.gradient_checkpointing else self.offload
+        together = 1 if self.offload else min(RECOMPUTED_TOGETHER, args.n_layers)
         layers = math.ceil(recomputed / together) * d * b + (args.n_layers - recomputed) * kept
         embeddings = d * b if normed != b and not recomputed else 0
         # At the loss: the last norm's input and output, logits and their softmax in float32.

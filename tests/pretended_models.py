@@ -1,6 +1,6 @@
 """Models of which only the shapes are there, and the memory that they take on a pretended card.
 
-PYTHONPATH=. .venv/bin/python tests/pretended_models.py [words]
+PYTHONPATH=.:benchmarks .venv/bin/python tests/pretended_models.py [words]
 
 prints what takes the most, of those WORKS whose names have all of these words; and "table" as the
 only word the README's table. Start reading at peak_of().
@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from pretended_card import CARD, TOKEN, pretended
+from random_model import LLAMA_2_7B as SEVEN_B
 
 from llama.batch import Batch
 from llama.checkpoint.weights import Source, cut_of
@@ -22,7 +23,6 @@ from llama.model import Transformer
 from llama.plan import Plan
 from llama.tuning.model import add_soft_prompt, soft_prompt_of
 
-SEVEN_B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256}
 EIGHT_B = SEVEN_B | {"n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024}
 EIGHT_B |= {"ffn_dim_multiplier": 1.3}
 MODELS = {

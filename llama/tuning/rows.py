@@ -140,13 +140,14 @@ def _as_object(where: str, value: object) -> dict:
 def _row_of(form: Form, named: dict[str, str], where: str, value: object) -> Row:
     """A row by our names, checked."""
     value = _as_object(where, value)
+    if form.name == "conversations":
+        (name,) = form.needed
+        return {"messages": conversation(where, value.get(named.get(name, name)))}
     row: Row = {}
     for name in form.needed + form.optional:
         theirs = named.get(name, name)
         found = value.get(theirs)
-        if form.templates == ("chat",):
-            row["messages"] = conversation(where, found)
-        elif found is None and name in form.optional:
+        if found is None and name in form.optional:
             row[name] = ""
         else:
             row[name] = check_text(where, theirs, found)
