@@ -38,6 +38,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     from llama.memory import check_tuning
     from llama.plan import Plan
     from llama.tuning.data import column, split_dataset, tokenize_dataset
+    from llama.tuning.methods import network_size
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
 
@@ -71,6 +72,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
         tuning=True,
         gradient_checkpointing=flags.gradient_checkpointing,
         num_virtual_tokens=flags.num_virtual_tokens,
+        network=network_size(flags.method, ckpt.args.dim),
     )
     lengths, n_learned = column(train_rows, "length"), column(train_rows, "n_learned")
     recompute_ffn = check_tuning(plan, lengths, n_learned)
@@ -81,7 +83,14 @@ def tune(flags: TuningOptions, out: Path) -> None:
     transformers.logging.set_verbosity_error()  # it warns of hidden ranks
     transformers.set_seed(flags.seed)
     init_ids = tokenizer.encode(flags.init_prompt, bos=False)
-    model = add_soft_prompt(transformer, flags.num_virtual_tokens, init_ids, flags.ckpt_dir)
+    model = add_soft_prompt(
+        transformer,
+        flags.num_virtual_tokens,
+        init_ids,
+        flags.ckpt_dir,
+        flags.method,
+        flags.init,
+    )
 
     trainer = PromptTrainer(model, flags, data, train_rows, eval_rows, tokenizer.pad_id)
     trainer.run(checkpoint)

@@ -42,7 +42,8 @@ class Plan:
     """What each of n ranks needs, in bytes, to run bsz rows of seqlen tokens at once.
 
     seqlen: with num_virtual_tokens of a soft prompt. offload: layers whose
-    matrices stay in host memory. learned: tokens of a row that have a loss in tuning; None: all.
+    matrices stay in host memory. network: numbers that are trained beside the soft prompt's.
+    learned: tokens of a row that have a loss in tuning; None: all.
     """
 
     ckpt: Source
@@ -57,6 +58,7 @@ class Plan:
     gradient_checkpointing: bool = False
     recompute_ffn: bool = True  # in tuning
     num_virtual_tokens: int = 0
+    network: int = 0
     learned: int | None = None
 
     def _parts(self, name: str = "") -> Iterator[tuple[str, int]]:
@@ -115,7 +117,8 @@ class Plan:
     @property
     def soft_prompt(self) -> int:
         """Of the soft prompt, float32; in tuning with its gradient and AdamW's two means."""
-        return (16 if self.tuning else 4) * self.num_virtual_tokens * self.ckpt.args.dim
+        numbers = self.num_virtual_tokens * self.ckpt.args.dim + self.network
+        return (16 if self.tuning else 4) * numbers
 
     @property
     def activations(self) -> int:

@@ -46,7 +46,7 @@ GENERATION = [
     "chat",
     "terminal",
 ]
-TUNING = ["options", "adapter", "rows", "templates", "data", "model", "trainer"]
+TUNING = ["options", "adapter", "rows", "templates", "data", "methods", "model", "trainer"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
 ORDER += [f"tuning.{name}" for name in TUNING]
 # And these know nothing of each other, though one stands before the other.

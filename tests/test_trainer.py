@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 import ft_main
 from llama import files, parallel
 from llama.tuning import data
+from llama.tuning.methods import network_size
 from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import newest_checkpoint
 
@@ -43,7 +44,7 @@ MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 1}  # fewer than ranks
 DATASET = REPO / "datasets" / "short_answers.json"
 RUN = {  # what is learned on several numbers of ranks
     **{"max_steps": 10, "warmup_steps": 2, "batch_size": 4, "seed": 4},
-    **{"save_steps": 5, "val_set_size": 8, "eval_steps": 5},
+    **{"save_steps": 5, "val_set_size": 8, "eval_steps": 5, "lr": 1e-5},
     "lr_scheduler": "constant_with_warmup",  # which knows no end
 }
 
@@ -125,8 +126,12 @@ def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs)
     for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-10"):
         assert (folder / "out2" / name).exists(), name
     held = {path.name: path.stat().st_size for path in (folder / "out2/checkpoint-5").iterdir()}
-    assert held.keys() >= {"adapter_model.safetensors", "optimizer.safetensors", "run.json"}
-    assert sum(held.values()) < 100_000
+    tensors = {f"{name}.safetensors" for name in ("adapter_model", "trained", "optimizer")}
+    assert held.keys() >= {*tensors, "run.json"}
+    n_trained = 8 * 64 + network_size("residual", 64)
+    assert held.pop("optimizer.safetensors") < 8 * n_trained + 10_000
+    assert held.pop("trained.safetensors") < 4 * n_trained + 10_000
+    assert sum(held.values()) < 20_000
 
 
 def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):
@@ -252,8 +257,9 @@ def optimizer(**changes):
 
 
 def prompt_of_another_length(folder):
-    path = folder / "adapter_model.safetensors"
-    save_file({"prompt_embeddings": load_file(path)["prompt_embeddings"][:3].clone()}, path)
+    path, name = folder / "trained.safetensors", "embedding.parametrizations.weight.original"
+    found = load_file(path)
+    save_file(found | {name: found[name][:3].clone()}, path)
 
 
 FOREIGN = [  # what is made of a checkpoint, its hashes put right
@@ -264,11 +270,11 @@ FOREIGN = [  # what is made of a checkpoint, its hashes put right
     (state(surprise=1), "trainer_state.json: not the state"),
     (optimizer(rng=torch.zeros(5056, dtype=torch.uint8)), "optimizer.safetensors: damaged"),
     (optimizer(rng=torch.zeros(7)), "optimizer.safetensors: damaged"),
-    (optimizer(**{"0.exp_avg": torch.zeros(9, 9)}), "not of this prompt's optimizer"),
-    (optimizer(**{"0.exp_avg": torch.full((8, 64), torch.nan)}), "not of this prompt's"),
+    (optimizer(**{"0.exp_avg": torch.zeros(9, 9)}), "of another prompt, method or optimizer"),
+    (optimizer(**{"0.exp_avg": torch.full((8, 64), torch.nan)}), "holds NaN"),
     (optimizer(**{"0.step": torch.tensor(3.0)}), "not of step 4"),
     (lambda folder: (folder / "optimizer.safetensors").write_bytes(CODE), "damaged"),
-    (prompt_of_another_length, "a prompt of 3 tokens"),
+    (prompt_of_another_length, "trained.safetensors: of another prompt, method or optimizer"),
 ]
 
 

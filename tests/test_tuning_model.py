@@ -14,6 +14,7 @@ from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.write import write_checkpoint
 from llama.tuning.adapter import load_soft_prompt, save_adapter
 from llama.tuning.model import LlamaForPromptTuning, add_soft_prompt, soft_prompt_of
+from llama.tuning.options import METHODS
 
 VOCAB_SIZE = TOKENIZERS["sentencepiece"][1]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}
@@ -111,15 +112,19 @@ def test_gradients_through_a_half_precision_model_keep_their_size(tmp_path, dtyp
     assert (gradients[1] - gradients[0]).norm() <= tolerance * gradients[0].norm()
 
 
-def test_the_prompt_starts_as_the_embeddings_of_a_text_or_where_the_seed_says(tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_prompt_starts_as_the_embeddings_of_a_text_or_where_the_seed_says(tmp_path, method):
     model = programs.load(make_ckpt(tmp_path / "ckpt", **MODEL))
-    prompt = soft_prompt_of(add_soft_prompt(model, 5, [7, 8], "ckpt"))
+    prompt = soft_prompt_of(add_soft_prompt(model, 5, [7, 8], "ckpt", method))
     assert prompt.dtype == torch.float32
     embeddings = Checkpoint(tmp_path / "ckpt").read("tok_embeddings.weight")
     assert torch.equal(prompt.detach(), embeddings[[7, 8, 7, 8, 7]])
-    prompts = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        prompts.append(soft_prompt_of(add_soft_prompt(model, 5, None, "ckpt")))
-    assert torch.equal(prompts[0], prompts[1])
-    assert not torch.equal(prompts[0], prompts[2])
+    for init in ("vocab", "random"):
+        prompts = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            prompts.append(soft_prompt_of(add_soft_prompt(model, 5, [7], "ckpt", method, init)))
+        assert torch.equal(prompts[0], prompts[1])
+        assert not torch.equal(prompts[0], prompts[2])
+        distances = torch.cdist(prompts[0].detach(), embeddings).min(dim=1).values
+        assert (distances < 0.01).all() == (init == "vocab")

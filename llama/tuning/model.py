@@ -13,6 +13,7 @@ from llama import parallel
 from llama.checkpoint.hf import hf_config
 from llama.model import Transformer
 from llama.tuning.data import IGNORE
+from llama.tuning.methods import reparametrise
 
 
 class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.GenerationMixin):
@@ -60,33 +61,52 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
 
 
 def add_soft_prompt(
-    transformer: Transformer, num_virtual_tokens: int, init_ids: list[int] | None, ckpt_dir: str
+    transformer: Transformer,
+    num_virtual_tokens: int,
+    init_ids: list[int] | None,
+    ckpt_dir: str,
+    method: str = "prompt",
+    init: str = "text",
 ) -> peft.PeftModel:
     """Put a trainable prompt, in float32, in front of the model; all else is frozen.
 
-    The prompt starts as the embeddings of init_ids, cut or repeated to its length; without them at
-    those of random tokens, the same on all ranks if their seeds are.
+    init: what it starts from: "text" is the embeddings of init_ids, cut or repeated to its length,
+    "vocab" those of random tokens (also for no init_ids), "random" random vectors. The same on all
+    ranks if their seeds are. method: what it is computed from: see llama.tuning.methods.
     """
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
     with warnings.catch_warnings():  # peft 0.21 uses a name that transformers 5.23 warns of
         warnings.simplefilter("ignore", FutureWarning)
         model = peft.get_peft_model(LlamaForPromptTuning(transformer, str(ckpt_dir)), config)
-    if not init_ids:
-        init_ids = torch.randint(transformer.args.vocab_size, (num_virtual_tokens,)).tolist()
-    repeated = (init_ids * num_virtual_tokens)[:num_virtual_tokens]
-    prompt, norm = soft_prompt_of(model), transformer.norm.weight
-    prompt.data.copy_(transformer.tok_embeddings(torch.tensor([repeated], device=norm.device))[0])
+    norm, start = transformer.norm.weight, None
+    if init != "random":
+        if init == "vocab" or not init_ids:
+            init_ids = torch.randint(transformer.args.vocab_size, (num_virtual_tokens,)).tolist()
+        repeated = (init_ids * num_virtual_tokens)[:num_virtual_tokens]
+        start = transformer.tok_embeddings(torch.tensor([repeated], device=norm.device))[0].float()
+    reparametrise(encoder_of(model).embedding, method, start)
+    scale = 1.0
     if norm.dtype == torch.float16:
         # float16 has no room for small gradients: they pass through the model enlarged.
-        scale = 1024.0
-        model.get_base_model().gradient_scale = scale
-        prompt.register_hook(lambda gradient: gradient / scale)
-    if parallel.world_size() > 1:
-        # All ranks have the same gradient; where their cards round apart, rank 0's holds.
-        prompt.register_post_accumulate_grad_hook(lambda prompt: dist.broadcast(prompt.grad, src=0))
+        scale = model.get_base_model().gradient_scale = 1024.0
+    for trained in encoder_of(model).parameters():
+        trained.register_hook(lambda gradient: gradient / scale)
+        if parallel.world_size() > 1:
+            # All ranks have the same gradient; where their cards round apart, rank 0's holds.
+            trained.register_post_accumulate_grad_hook(_take_from_rank_0)
     return model
 
 
-def soft_prompt_of(model: peft.PeftModel) -> torch.nn.Parameter:
-    """The trainable prompt, (num_virtual_tokens, dim) float32."""
-    return model.prompt_encoder["default"].embedding.weight
+def _take_from_rank_0(trained: torch.Tensor) -> None:
+    assert trained.grad is not None
+    dist.broadcast(trained.grad, src=0)
+
+
+def encoder_of(model: peft.PeftModel) -> peft.PromptEmbedding:
+    """PEFT's module of the prompt; its parameters are all that is trained."""
+    return model.prompt_encoder["default"]
+
+
+def soft_prompt_of(model: peft.PeftModel) -> torch.Tensor:
+    """The prompt as it is now, (num_virtual_tokens, dim) float32."""
+    return encoder_of(model).embedding.weight

@@ -13,6 +13,8 @@ ALPACA_PREAMBLE = (
     "the request."
 )
 TEMPLATES = ("alpaca", "chat", "none")
+METHODS = ("prompt", "p_tuning", "residual")
+INITS = ("text", "vocab", "random")
 SCHEDULES = (  # those of transformers that need no settings of their own
     *("cosine", "linear", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
     *("constant", "constant_with_warmup"),
@@ -42,7 +44,12 @@ class TuningOptions:
         template: what rows are put into: alpaca, chat (the tokenizer's own), or none; by default
             alpaca for instructions, chat for conversations, none for all others.
         columns: names in the dataset for those above: question=instruction,answer=output.
-        init_prompt: text whose embeddings the prompt starts from; "" starts at random ones.
+        method: what the prompt is computed from while it is trained: residual, itself and a network
+            that changes it; p_tuning, a network alone; prompt, itself alone. All give the same
+            kind of adapter.
+        init: what it starts from: text, the embeddings of init_prompt; vocab, those of random
+            tokens; random, random vectors.
+        init_prompt: a text, cut or repeated to the length of the prompt.
         num_virtual_tokens: length of the prompt.
         num_epochs: passes over the data.
         max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
@@ -76,6 +83,8 @@ class TuningOptions:
     tokenizer_path: str | None = None
     template: str | None = option(None, must_stay=True)
     columns: str | None = option(None, must_stay=True)
+    method: str = option("residual", must_stay=True)
+    init: str = option("text", must_stay=True)
     init_prompt: str = ALPACA_PREAMBLE
     num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
     num_epochs: float = 3.0
@@ -112,6 +121,9 @@ class TuningOptions:
             "max_steps": (self.max_steps == -1 or self.max_steps > 0, "at least 1, or -1"),
             "seed": (self.seed < 2**32, "below 2**32"),
             "num_virtual_tokens": (leaves_room, f"below --max_seq_len {self.max_seq_len}"),
+            "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
+            "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
+            "init_prompt": (self.init != "text" or self.init_prompt, "a text, or --init vocab"),
             "template": (self.template in (None, *TEMPLATES), f"one of {', '.join(TEMPLATES)}"),
             "lr_scheduler": (self.lr_scheduler in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         }

@@ -26,9 +26,9 @@ from llama.files import (
     write_whole,
 )
 from llama.tokenizer import TEMPLATE
-from llama.tuning.adapter import BASE, base_model_facts, differing, load_soft_prompt, save_adapter
+from llama.tuning.adapter import BASE, base_model_facts, differing, save_adapter
 from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column
-from llama.tuning.model import soft_prompt_of
+from llama.tuning.model import encoder_of, soft_prompt_of
 from llama.tuning.options import TuningOptions
 
 # The last file written into a checkpoint's folder: its step, what a resumed run must keep, and the
@@ -37,6 +37,7 @@ RUN = "run.json"
 PICTURE = "loss.png"
 STATE = "trainer_state.json"  # the Trainer's own name
 OPTIMIZER = "optimizer.safetensors"
+TRAINED = "trained.safetensors"
 
 
 def training_arguments(
@@ -134,7 +135,7 @@ class PromptTrainer(transformers.Trainer):
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
         with cli.progress_bar("tuning", steps, "step", done) as bar:
-            self.add_callback(Progress(soft_prompt_of(self.model), bar))
+            self.add_callback(Progress(self.model, bar))
             if done < steps:
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
@@ -160,6 +161,7 @@ class PromptTrainer(transformers.Trainer):
             remove(folder)  # not whole: a resumed run starts from the newest whole one
             with naming_refusals(folder), new_folder(folder) as partial:
                 save_adapter(self.model, partial, self.chat_template)
+                save_file(encoder_of(self.model).state_dict(), partial / TRAINED)
                 self._save_optimizer(partial / OPTIMIZER)
                 self.state.save_to_json(str(partial / STATE))
                 files = {"step": step, "files": _hashes_of(partial)}
@@ -167,12 +169,11 @@ class PromptTrainer(transformers.Trainer):
         dist.barrier()  # or the others could be steps ahead of a rank 0 that then cannot write
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
-        """Take the prompt of a checkpoint. The Trainer calls this."""
-        prompt = soft_prompt_of(self.model)
-        found = load_soft_prompt(resume_from_checkpoint, prompt.shape[1])
-        if found.shape != prompt.shape:
-            raise ValueError(f"{resume_from_checkpoint}: a prompt of {len(found)} tokens")
-        prompt.data.copy_(found)
+        """Take from a checkpoint what is trained. The Trainer calls this."""
+        encoder, path = encoder_of(self.model), Path(resume_from_checkpoint) / TRAINED
+        found, state = _load_tensors(path), encoder.state_dict()
+        check_shapes(path, found, {name: x.shape for name, x in state.items()})
+        encoder.load_state_dict(found)
 
     def _save_optimizer(self, path: Path) -> None:
         """Write what the optimizer remembers, and the random numbers that order the rows.
@@ -187,16 +188,20 @@ class PromptTrainer(transformers.Trainer):
         """Take from a checkpoint what _save_optimizer wrote. The Trainer calls this."""
         if checkpoint is None:
             return
-        step, state = self.state.global_step, self.optimizer.state_dict()
-        found, prompt = _load_optimizer(Path(checkpoint)), soft_prompt_of(self.model)
-        expected = {"0.step": (), "0.exp_avg": prompt.shape, "0.exp_avg_sq": prompt.shape}
-        shapes = {name: x.shape for name, x in found.items() if x.dtype == torch.float32}
-        if shapes != expected or not all(found[name].isfinite().all() for name in expected):
-            raise ValueError(f"{Path(checkpoint) / OPTIMIZER}: not of this prompt's optimizer")
-        if found["0.step"] != step:
-            raise ValueError(f"{Path(checkpoint) / OPTIMIZER}: not of step {step}")
-        of_prompt = {name.removeprefix("0."): found[name] for name in expected}
-        self.optimizer.load_state_dict(state | {"state": {0: of_prompt}})
+        step, path = self.state.global_step, Path(checkpoint) / OPTIMIZER
+        found, state = _load_optimizer(path), self.optimizer.state_dict()
+        trained = [x for group in self.optimizer.param_groups for x in group["params"]]
+        keys = {"step": (), "exp_avg": None, "exp_avg_sq": None}
+        shapes = {
+            f"{i}.{key}": x.shape if shape is None else shape
+            for i, x in enumerate(trained)
+            for key, shape in keys.items()
+        }
+        check_shapes(path, {name: x for name, x in found.items() if name != "rng"}, shapes)
+        if any(found[f"{i}.step"] != step for i in range(len(trained))):
+            raise ValueError(f"{path}: not of step {step}")
+        of = {i: {key: found[f"{i}.{key}"] for key in keys} for i in range(len(trained))}
+        self.optimizer.load_state_dict(state | {"state": of})
         # The schedule is not stored: from the step before, one step of it sets this step's rate.
         before = {"last_epoch": step - 1, "_step_count": step}
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | before)
@@ -204,18 +209,33 @@ class PromptTrainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint: str) -> None:
         """Take the random numbers of a checkpoint. The Trainer calls this."""
-        torch.set_rng_state(_load_optimizer(Path(checkpoint))["rng"])
+        torch.set_rng_state(_load_optimizer(Path(checkpoint) / OPTIMIZER)["rng"])
 
 
-def _load_optimizer(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors that _save_optimizer wrote."""
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of a checkpoint."""
     try:
-        found = load_file(checkpoint / OPTIMIZER)
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({cli.shown(str(error))})") from None
+
+
+def _load_optimizer(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors that _save_optimizer wrote."""
+    found = _load_tensors(path)
+    try:
         torch.Generator().set_state(found["rng"])  # raises for what is no generator's state
-    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError) as error:
-        reason = cli.shown(str(error))
-        raise ValueError(f"{checkpoint / OPTIMIZER}: damaged ({reason})") from None
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({cli.shown(str(error))})") from None
     return found
+
+
+def check_shapes(path: Path, found: dict[str, torch.Tensor], shapes: dict) -> None:
+    """Raise ValueError if tensors have other names or shapes, or are not finite float32 ones."""
+    if {name: x.shape for name, x in found.items()} != shapes:
+        raise ValueError(f"{path}: of another prompt, method or optimizer")
+    if not all(x.dtype == torch.float32 and x.isfinite().all() for x in found.values()):
+        raise ValueError(f"{path}: holds NaN or infinite values, or numbers that are not float32")
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -246,8 +266,8 @@ def _is_state(found: dict, step: int) -> bool:
 class Progress(transformers.TrainerCallback):
     """Show on stderr how far a run is; end it if its prompt becomes NaN or infinite."""
 
-    def __init__(self, prompt: torch.nn.Parameter, bar: tqdm) -> None:
-        self.prompt, self.bar = prompt, bar
+    def __init__(self, model: peft.PeftModel, bar: tqdm) -> None:
+        self.tuned, self.bar = model, bar
         self.evaluating: tqdm | None = None  # a bar below the other
 
     def on_train_begin(
@@ -258,7 +278,7 @@ class Progress(transformers.TrainerCallback):
 
     def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         self.bar.update()
-        if not self.prompt.isfinite().all():
+        if not soft_prompt_of(self.tuned).isfinite().all():
             raise ValueError(
                 f"step {state.global_step}: the prompt has become NaN or infinite; lower --lr, "
                 "take --dtype bfloat16 or float32, or check the model: split_model.py --verify"
