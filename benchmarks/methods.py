@@ -34,6 +34,7 @@ def main(
     steps: int = 60,
     batch_size: int = 8,
     eval_steps: int = 20,
+    test_rows: int = 0,
     ckpt_dir: str = str(CKPT_DIR),
 ) -> None:
     """Train each combination and add a line for it to the file."""
@@ -60,7 +61,7 @@ def main(
         run = {
             **{"dataset": dataset, "method": method, "init": init, "lr": float(lr)},
             **{"num_virtual_tokens": int(length), "lr_scheduler": scheduler, "seed": int(seed)},
-            **{"steps": steps, "batch_size": batch_size},
+            **{"steps": steps, "batch_size": batch_size, "test_rows": test_rows},
         }
         if any(run.items() <= line.items() for line in done):
             continue
@@ -87,13 +88,15 @@ def main(
 
             data = rows_of(Path(options.dataset_path))
             if (test := DATASETS[dataset]) is not None:
-                train_rows, test_rows = data.rows, rows_of(REPO / "datasets" / test).rows
+                train_rows, tested = data.rows, rows_of(REPO / "datasets" / test).rows
             else:
-                train_rows, test_rows = split_dataset(data.rows, HELD_OUT, 0)
+                train_rows, tested = split_dataset(data.rows, HELD_OUT, 0)
+            n_tested = test_rows or len(tested)
             transformers.set_seed(options.seed)
             init_ids = tokenizer.encode(options.init_prompt, bos=False)
             model = add_soft_prompt(transformer, int(length), init_ids, ckpt_dir, method, init)
-            trainer = PromptTrainer(model, options, data, train_rows, test_rows, tokenizer.pad_id)
+            tested = tested.select(range(n_tested))
+            trainer = PromptTrainer(model, options, data, train_rows, tested, tokenizer.pad_id)
             began = time.perf_counter()
             trainer.run(None)
             run["seconds"] = round(time.perf_counter() - began, 1)

@@ -84,7 +84,7 @@ class TuningOptions:
     template: str | None = option(None, must_stay=True)
     columns: str | None = option(None, must_stay=True)
     method: str = option("residual", must_stay=True)
-    init: str = option("text", must_stay=True)
+    init: str = "text"
     init_prompt: str = ALPACA_PREAMBLE
     num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
     num_epochs: float = 3.0
