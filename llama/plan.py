@@ -155,8 +155,9 @@ class Plan:
             attention = (2 * d + kv) * b + max((q + kv) * turned, (q + kv) * b + looks)
             angles = 8 + 6 * args.head_dim  # positions, float32 angles, complex64 turns
             prefill = tokens * (angles + max(ffn, attention)) + block
-            loss = 2 * tokens * d * b + logits if with_loss else 0
-            return max(prefill, self.bsz * args.vocab_size * SAMPLED, loss)
+            if with_loss:  # PEFT holds the embeddings; then states, those learned, and logits
+                prefill = tokens * d * b + max(prefill, 2 * tokens * d * b + logits)
+            return max(prefill, self.bsz * args.vocab_size * SAMPLED)
         # RMSNorm on a CPU keeps its input in float32; a copy, where that is not what there is.
         normed = 4 if on_cpu else b
         # What autograd keeps of a layer: its norm's input; turned queries and keys, values,

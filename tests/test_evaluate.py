@@ -11,13 +11,18 @@ import programs
 import pytest
 import torch
 from conftest import REPO, TOKENIZERS, flags_of, make_ckpt, run_script
+from formats import byte_level_vocabulary, tiny
 from safetensors.torch import save_file
 from test_trainer import losses, tune
 
+from datasets import Dataset
+from llama import LLaMA
+from llama.checkpoint.gguf_tokenizer import tokenizer_files
+from llama.checkpoint.write import write_checkpoint
 from llama.tokenizer import Tokenizer
 from llama.tuning.adapter import load_soft_prompt
 from llama.tuning.data import tokenize_dataset
-from llama.tuning.evaluate import BASE, question_of
+from llama.tuning.evaluate import BASE, mean_loss, question_of
 from llama.tuning.templates import alpaca_prompt
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
@@ -176,3 +181,29 @@ def test_what_cannot_be_evaluated_is_one_error(options, tmp_path, monkeypatch, c
     write_adapter(tmp_path / "wide", 4, dim=32)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluated(**options | changes)
+
+
+def test_texts_ask_nothing_and_have_a_loss_alone(tmp_path):
+    vocabulary = byte_level_vocabulary(748) | {"tokenizer.ggml.add_bos_token": False}
+    write_checkpoint(tiny(tokenizer_files(vocabulary, 768), vocab_size=768), tmp_path / "ckpt")
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "It rains."}, {"text": "Hm"}]))
+    options = {"ckpt_dir": tmp_path / "ckpt", "dataset_path": tmp_path / "rows.json", "json": True}
+    with pytest.raises(ValueError, match=r"nothing stands before an answer.*--exact_match False"):
+        evaluated(**options)
+    (found,) = evaluated(**options, exact_match=False)
+    assert found.keys() == {"tuning_ckpt_path", "loss", "perplexity"}
+
+
+def test_a_first_token_counts_for_none_and_a_loss_that_is_not_finite_is_an_error(options):
+    generator = LLaMA(programs.load(options["ckpt_dir"]), Tokenizer(PATH))
+
+    def loss(*labels: int) -> float:
+        rows = {"input_ids": [[5, 6, 7]], "labels": [labels], "length": [3], "n_learned": [3]}
+        tokens = Dataset.from_dict(rows).with_format("torch", columns=["input_ids", "labels"])
+        return mean_loss(generator, tokens, "x")
+
+    generator.soft_prompt = torch.ones(4, DIM)
+    assert loss(5, 6, 7) == loss(-100, 6, 7) != loss(-100, -100, 7)
+    generator.soft_prompt = torch.full((4, DIM), torch.nan)
+    with pytest.raises(ValueError, match=r"^x: the loss is NaN or infinite"):
+        loss(5, 6, 7)
