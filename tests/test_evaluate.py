@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_trainer import losses, tune
 
 from datasets import Dataset
-from llama import LLaMA
+from llama import LLaMA, parallel
 from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.write import write_checkpoint
 from llama.tokenizer import Tokenizer
@@ -207,3 +207,9 @@ def test_a_first_token_counts_for_none_and_a_loss_that_is_not_finite_is_an_error
     generator.soft_prompt = torch.full((4, DIM), torch.nan)
     with pytest.raises(ValueError, match=r"^x: the loss is NaN or infinite"):
         loss(5, 6, 7)
+
+
+def test_machines_with_other_files_are_told(options, monkeypatch):
+    monkeypatch.setattr(parallel, "gather_objects", lambda value: [value, [*value[:1], "other"]])
+    with pytest.raises(ValueError, match="the ranks read different datasets or adapters"):
+        evaluated(**options)
