@@ -128,7 +128,8 @@ def ways_to_fit(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
 def _sizes(plan: Plan, fits: Callable[[Plan], bool]) -> Iterator[str]:
     """The largest batch, and the largest length, with which a plan fits."""
     least = LEAST_TOKENS + plan.num_virtual_tokens * plan.tuning
-    flag = "--batch_size" if plan.tuning else "--max_batch_size"
+    with_loss = plan.tuning or plan.learned is not None
+    flag = "--batch_size" if with_loss else "--max_batch_size"
     if bsz := _largest(1, plan.bsz - 1, lambda x: fits(plan.but(bsz=x))):
         yield f"{flag} {bsz}"
     if seqlen := _largest(least, plan.seqlen - 1, lambda x: fits(plan.but(seqlen=x))):

@@ -43,7 +43,7 @@ class Plan:
 
     seqlen: with num_virtual_tokens of a soft prompt. offload: layers whose
     matrices stay in host memory. network: numbers that are trained beside the soft prompt's.
-    learned: tokens of a row that have a loss in tuning; None: all.
+    learned: tokens of a row that have a loss; None: in tuning all, in generation none.
     """
 
     ckpt: Source
@@ -128,7 +128,8 @@ class Plan:
         keys and FFN on this rank, b bytes a number.
         """
         args, b = self.ckpt.args, self.dtype.itemsize
-        positions = self.seqlen if self.tuning else min(self.seqlen, chunk_of(self.bsz))
+        with_loss = self.tuning or self.learned is not None
+        positions = self.seqlen if with_loss else min(self.seqlen, chunk_of(self.bsz))
         tokens = self.bsz * positions  # in one pass
         d, q, f = args.dim, args.q_dim // self.n, args.hidden_dim // self.n
         kv = args.n_local_kv_heads(self.n) * args.head_dim
@@ -140,6 +141,9 @@ class Plan:
         grouped = attends_in_groups(self.dtype, self.device) and not widened
         repeated = kv < q and (not grouped or positions < self.seqlen)
         block = 4 * WIDENED_ROWS * (tokens + f) if by_float else 0
+        of_row = self.seqlen - self.num_virtual_tokens
+        learned = self.bsz * min(of_row if self.learned is None else self.learned, of_row)
+        logits = 2 * learned * args.vocab_size // self.n * 4  # and their softmax, in float32
         if not self.tuning:
             # The layer's input, the same after attention, normed; gate, up, silu, and the product
             # of both, or what it is multiplied to by way of float32.
@@ -153,6 +157,8 @@ class Plan:
             attention = (2 * d + kv) * b + max((q + kv) * turned, (q + kv) * b + looks)
             angles = 8 + 6 * args.head_dim  # positions, float32 angles, complex64 turns
             prefill = tokens * (angles + max(ffn, attention)) + block
+            if with_loss:  # PEFT holds the embeddings; then states, those learned, and logits
+                prefill = tokens * d * b + max(prefill, 2 * tokens * d * b + logits)
             return max(prefill, self.bsz * args.vocab_size * SAMPLED)
         # RMSNorm on a CPU keeps its input in float32; a copy, where that is not what there is.
         normed = 4 if on_cpu else b
@@ -167,11 +173,8 @@ class Plan:
         together = 1 if self.offload else min(RECOMPUTED_TOGETHER, args.n_layers)
         layers = math.ceil(recomputed / together) * d * b + (args.n_layers - recomputed) * kept
         embeddings = d * b if normed != b and not recomputed else 0
-        # At the loss: the last norm's input and output, logits and their softmax in float32.
-        of_row = self.seqlen - self.num_virtual_tokens
-        learned = self.bsz * min(of_row if self.learned is None else self.learned, of_row)
+        # At the loss: the last norm's input and output, and logits.
         prompts = 4 * self.bsz * self.num_virtual_tokens * d  # PEFT's, one for each row
-        logits = 2 * learned * args.vocab_size // self.n * 4
         loss = tokens * (d * normed + d * b) + logits + prompts
         # In the last layer's backward pass: the gradient of its output; of the product, and of
         # both that were multiplied, or of one by way of float32, in two halves of a sum.

@@ -150,10 +150,11 @@ def hf_reference(**changes) -> transformers.LlamaForCausalLM:
 
 
 def command_of(script: str | Path, *flags: object, n: int | None = None) -> list[str]:
-    """The command that starts a script of the repository: plain, or with torchrun over n ranks."""
+    """The command that starts a script or a module: plain, or with torchrun over n ranks."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", n]
     torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command = [sys.executable, *(torchrun if n else []), REPO / script, *flags]
+    program = ["-m", script] if str(script).startswith("llama.") else [REPO / script]
+    command = [sys.executable, *(torchrun if n else []), *program, *flags]
     return list(map(str, command))
 
 

@@ -3,6 +3,8 @@
 Start reading at load(), which most of them call; main() runs the one that is named.
 """
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -110,6 +112,16 @@ def gradient(ckpt_dir: str, batch: dict, checkpointing: bool) -> dict:
     found = soft_prompt_of(tuned).grad.tolist()
     assert all(other == found for other in parallel.gather_objects(found))
     return {"loss": loss.item(), "gradient": found}
+
+
+def evaluated(**options) -> str:
+    """What evaluate.py prints with these options."""
+    from llama.tuning import evaluate  # slow to import
+    from llama.tuning.options import EvaluationOptions
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluate.main(EvaluationOptions(**options))
+    return printed.getvalue()
 
 
 def all_of(calls: list) -> list:

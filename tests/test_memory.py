@@ -120,10 +120,27 @@ def test_activations_are_what_a_prefill_allocates(tmp_path):
     assert plan.cache + plan.activations == pytest.approx(peak_of(prefill), rel=0.05)
 
 
+@pytest.mark.parametrize("vocab_size", [64, 4096])
+def test_activations_are_what_a_loss_alone_allocates(tmp_path, vocab_size):
+    from llama.tuning.model import add_soft_prompt
+
+    sizes = SIZES | {"dim": 128, "multiple_of": 384, "vocab_size": vocab_size}
+    ckpt = Checkpoint(make_ckpt(tmp_path / "ckpt", **sizes))
+    model = add_soft_prompt(load_model(ckpt, parallel.setup()), 8, None, "")
+    ids = torch.ones(8, 120, dtype=torch.long)
+    loss = torch.inference_mode()(lambda: model(input_ids=ids, attention_mask=ids, labels=ids).loss)
+    loss()
+    plan = plan_of(ckpt, bsz=8, seqlen=128, num_virtual_tokens=8, learned=120)
+    assert plan.activations == pytest.approx(peak_of(loss), rel=0.05)
+
+
 TUNED = {"tuning": True, "num_virtual_tokens": 32}
+LOSS = {"learned": 100}
 
 
-@pytest.mark.parametrize("plan", [large(), large(CPU), large(**TUNED), large(CPU, **TUNED)])
+@pytest.mark.parametrize(
+    "plan", [large(), large(CPU), large(**TUNED), large(CPU, **TUNED), large(CPU, **LOSS)]
+)
 def test_what_is_said_to_fit_fits_and_the_next_larger_does_not(plan):
     free = Free(plan.total * 0.8, 10**12)
     fields = {"batch_size": "bsz", "max_batch_size": "bsz", "max_seq_len": "seqlen"}

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from llama.options import GenerationOptions, TunedGenerationOptions
-from llama.tuning.options import TuningOptions
+from llama.tuning.options import EvaluationOptions, TuningOptions
 
 NEEDED = {"ckpt_dir": "c", "tokenizer_path": "t"}
 GENERATION = GenerationOptions(**NEEDED)
@@ -76,7 +76,7 @@ def test_what_a_resumed_run_must_keep_is_known():
     }
 
 
-@pytest.mark.parametrize("options", [TuningOptions, TunedGenerationOptions])
+@pytest.mark.parametrize("options", [TuningOptions, EvaluationOptions, TunedGenerationOptions])
 def test_every_option_has_a_line_of_help(options):
     for field in dataclasses.fields(options):
         assert f"\n    {field.name}: " in inspect.getdoc(options)

@@ -20,6 +20,7 @@ from conftest import (
     run_program,
     small_params,
 )
+from test_evaluate import for_evaluation
 from test_generation import MODELS, PROMPTS, any_format, assert_alike, build, of_hugging_face  # noqa: F401
 from test_model import token_ids
 from test_quantize import MODEL
@@ -58,6 +59,12 @@ def quantised(folder: Path) -> dict:
     return {"models": models, "prompts": PROMPTS}
 
 
+@functools.cache
+def to_evaluate(folder: Path) -> dict:
+    """A model, prompts and a dataset, for programs.evaluated()."""
+    return for_evaluation(folder / "to_evaluate")
+
+
 def models_for(n: int) -> list[dict]:
     """params.json of models of many shapes."""
     choose = random.Random(n)
@@ -94,6 +101,7 @@ def answers(folder, any_format):  # noqa: F811
         asked = {"text": (programs.generated_tokens, for_text(here / "text", n, any_format))}
         if n == 2:
             asked["quantised"] = (programs.generated_tokens, quantised(folder))
+            asked["evaluated"] = (programs.evaluated, to_evaluate(folder))
         else:
             asked["gradient"] = (programs.gradient, for_gradient(here / "tuned", n, True))
         asked["logits"] = (programs.logits, for_logits(here / "logits", n))
@@ -117,6 +125,15 @@ def test_greedy_text_of_ranks_equals_hugging_face(tmp_path, answers, any_format,
 
 def test_quantised_ranks_write_what_one_writes(answers, folder):
     assert answers(2)["quantised"] == programs.generated_tokens(**quantised(folder))
+
+
+def test_ranks_evaluate_prompts_as_one_does(answers, folder):
+    ranks, one = answers(2)["evaluated"], programs.evaluated(**to_evaluate(folder))
+    for found, expected in zip(ranks.splitlines(), one.splitlines(), strict=True):
+        found, expected = json.loads(found), json.loads(expected)
+        assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+        assert found.pop("perplexity") == pytest.approx(expected.pop("perplexity"), rel=1e-4)
+        assert found == expected
 
 
 def test_gradient_of_four_ranks_equals_peft_over_hugging_face(answers):

@@ -19,7 +19,7 @@ from llama.checkpoint.gguf_tokenizer import tokenizer_files
 from llama.checkpoint.write import write_checkpoint
 from llama.options import GenerationOptions, TunedGenerationOptions
 from llama.template import CHATML
-from llama.tuning.options import TuningOptions
+from llama.tuning.options import EvaluationOptions, TuningOptions
 
 PAGES = ("README.md", "docs/generate.md", "docs/tune.md", "docs/run-anywhere.md")
 CHINESE = {page: page.replace(".md", ".zh-CN.md") for page in PAGES}
@@ -140,13 +140,14 @@ OPTIONS = {
     "example.py": GenerationOptions,
     "example_ft.py": TunedGenerationOptions,
     "ft_main.py": TuningOptions,
+    "llama.tuning.evaluate": EvaluationOptions,
 }
 
 
 @pytest.mark.parametrize("page", [*PAGES[1:], "docs/architecture.md"])
 def test_flags_in_the_docs_exist(page, monkeypatch):
     for words in commands(page):
-        script = next((word for word in words if word.endswith(".py")), None)
+        script = next((word for word in words if word.endswith(".py") or word in OPTIONS), None)
         if words[0] not in NOT_RUN and script:
             words = words[words.index(script) :]
             shell = words.index(">") if ">" in words else len(words)

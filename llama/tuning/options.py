@@ -1,11 +1,11 @@
-"""The options of prompt tuning: each is named once, as a field, and is a flag of ft_main.py."""
+"""The options of ft_main.py and of evaluate.py: each is a field, and so a flag."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from llama.cli import check_at_least
-from llama.options import check_dtype, check_quantize
+from llama.options import check_dtype, check_max_seq_len, check_quantize
 
 # How Stanford Alpaca's prompts begin: what a soft prompt starts from.
 ALPACA_PREAMBLE = (
@@ -26,6 +26,19 @@ def option(default: object, at_least: int | None = None, must_stay: bool = False
     return dataclasses.field(
         default=default, metadata={"at_least": at_least, "must_stay": must_stay}
     )
+
+
+def check_fields(options: Any) -> None:
+    """Raise ValueError, naming the flag, for a value that option() forbids, and what both share."""
+    for field in dataclasses.fields(options):
+        value, at_least = getattr(options, field.name), field.metadata.get("at_least")
+        if at_least is not None and value is not None:
+            check_at_least(at_least, **{field.name: value})
+    if options.template not in (None, *TEMPLATES):
+        wanted = ", ".join(TEMPLATES)
+        raise ValueError(f"--template must be one of {wanted}, not {options.template!r}")
+    check_dtype(options.dtype)
+    check_quantize(options.quantize)
 
 
 @dataclass(frozen=True)
@@ -110,10 +123,7 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the flag, for what a run cannot be trained with."""
-        for field in dataclasses.fields(self):
-            if field.metadata.get("at_least") is not None:
-                value = getattr(self, field.name)
-                check_at_least(field.metadata["at_least"], **{field.name: value})
+        check_fields(self)
         leaves_room = self.num_virtual_tokens < self.max_seq_len
         checks = {
             "lr": (0 < self.lr < float("inf"), "above 0"),
@@ -124,17 +134,81 @@ class TuningOptions:
             "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
             "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
             "init_prompt": (self.init != "text" or self.init_prompt, "a text, or --init vocab"),
-            "template": (self.template in (None, *TEMPLATES), f"one of {', '.join(TEMPLATES)}"),
             "lr_scheduler": (self.lr_scheduler in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         }
         for name, (right, wanted) in checks.items():
             if not right:
                 raise ValueError(f"--{name} must be {wanted}, not {getattr(self, name)!r}")
-        check_dtype(self.dtype)
-        check_quantize(self.quantize)
 
     def must_stay(self) -> dict:
         """The options without which a resumed run would not go on with what it began."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("must_stay")]
         # Those that are None by default are younger than the first runs, which do not know them.
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Compare tuned prompts with the model alone, on a dataset, over all ranks of this run.
+
+    A table goes to stdout, with a line for each: the loss of a learned token, the perplexity, and
+    how many answers, always of the likeliest tokens, are exactly those of the dataset.
+
+    Args:
+        ckpt_dir: a folder in Meta's format, best with one shard a rank (see split_model.py), a
+            Hugging Face folder, or a .gguf file; the last two are converted while loading.
+        dataset_path: what ft_main.py takes; with its template, columns and max_seq_len, the rows
+            and their loss are those of training.
+        tokenizer_path: the model's tokenizer.model or tokenizer.json, or the folder it is in; by
+            default what ckpt_dir holds.
+        tuning_ckpt_paths: what ft_main.py or PEFT saved, with commas between them.
+        base: evaluate the model alone, too.
+        template: what rows are put into: alpaca, chat (the tokenizer's own), or none; by default
+            alpaca for instructions, chat for conversations, none for all others.
+        columns: names in the dataset for those that ft_main.py knows, as in
+            question=instruction,answer=output.
+        max_seq_len: longest row together with the longest of the prompts; longer rows are cut or
+            left out.
+        val_set_size: take those rows alone that ft_main.py held out with this, and with this seed.
+        seed: of ft_main.py, for val_set_size.
+        n_rows: take so many rows at most; by default all.
+        batch_size: rows at once.
+        exact_match: let the model write answers; False leaves that out, as for long answers.
+        max_gen_len: the most tokens of an answer; by default a few more than the longest one of
+            the rows has, up to 256.
+        json: print one JSON object a line in place of the table, with the wrong answers.
+        dtype: float32, bfloat16 or float16; by default what the checkpoint holds.
+        quantize: int8 or int4: hold the model's matrices in 8 or 4 bits.
+        offload: layers whose weights stay in host memory, and come to the card when needed.
+    """
+
+    ckpt_dir: str
+    dataset_path: str
+    tokenizer_path: str | None = None
+    tuning_ckpt_paths: str = ""
+    base: bool = True
+    template: str | None = None
+    columns: str | None = None
+    max_seq_len: int = TuningOptions.max_seq_len
+    val_set_size: int = option(0, at_least=0)
+    seed: int = TuningOptions.seed
+    n_rows: int | None = option(None, at_least=1)
+    batch_size: int = option(TuningOptions.batch_size, at_least=1)
+    exact_match: bool = True
+    max_gen_len: int | None = option(None, at_least=1)
+    json: bool = False
+    dtype: str | None = None
+    quantize: str | None = None
+    offload: int = option(0, at_least=0)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the flag, for what makes no sense."""
+        check_fields(self)
+        check_max_seq_len(self.max_seq_len)
+        if not (self.base or self.adapters()):
+            raise ValueError("--base False leaves nothing to evaluate: give --tuning_ckpt_paths")
+
+    def adapters(self) -> list[str]:
+        """The paths of the tuned prompts, each once."""
+        paths = [path.strip() for path in self.tuning_ckpt_paths.split(",")]
+        return list(dict.fromkeys(path for path in paths if path))
