@@ -109,6 +109,18 @@ def test_every_format_gives_the_same_text_and_what_is_done_is_said(any_format, c
     assert capsys.readouterr().err == ""
 
 
+def sizes_of_passes(llama, monkeypatch) -> list[int]:
+    """The number of tokens in each pass through the model from now on, pads too."""
+    sizes, hidden_states = [], llama.model.hidden_states
+
+    def watched(input_ids=None, inputs_embeds=None, **kwargs):
+        sizes.append((input_ids if inputs_embeds is None else inputs_embeds).shape[:2].numel())
+        return hidden_states(input_ids, inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    return sizes
+
+
 @pytest.mark.parametrize("virtual", [0, 7])
 def test_prompts_are_read_a_chunk_at_a_time(tmp_path, monkeypatch, virtual):
     llama = build(tmp_path, max_batch_size=3)
@@ -118,13 +130,7 @@ def test_prompts_are_read_a_chunk_at_a_time(tmp_path, monkeypatch, virtual):
     whole = llama.generate(prompts, echo=True, **options)
     monkeypatch.setattr(batch, "CHUNK_TOKENS", 9)
     monkeypatch.setattr(batch, "CHUNK_POSITIONS", 2)
-    sizes, hidden_states = [], llama.model.hidden_states
-
-    def watched(*args, inputs_embeds=None, **kwargs):
-        sizes.append(inputs_embeds.shape[:2].numel())
-        return hidden_states(*args, inputs_embeds=inputs_embeds, **kwargs)
-
-    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    sizes = sizes_of_passes(llama, monkeypatch)
     for echo in (True, False):
         chunked = llama.generate(prompts, echo=echo, **options)
         assert [output.token for output in chunked] == [output.token for output in whole]

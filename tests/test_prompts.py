@@ -11,7 +11,7 @@ from llama import LLaMA, parallel
 from llama.cli import MemoryWatch
 from llama.options import GenerationOptions
 from llama.output import Timing
-from llama.prompts import SEPARATOR, complete, read_messages, read_prompts, read_requests, report
+from llama.prompts import SEPARATOR, complete, read_prompts, read_requests, report
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
@@ -107,7 +107,7 @@ def test_json_holds_what_generate_gives(generator, capsys):
 def test_a_file_of_messages_without_any_is_named(tmp_path, content):
     (tmp_path / "m.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"m\.jsonl"):
-        read_messages(tmp_path / "m.jsonl")
+        read_requests(GenerationOptions(ckpt_dir="", messages_file=str(tmp_path / "m.jsonl")))
 
 
 def test_memory_of_cards_is_told_as_allocated_and_reserved(monkeypatch, capsys):
