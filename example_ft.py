@@ -37,10 +37,11 @@ def main(flags: TunedGenerationOptions) -> None:
     templates = {}
     for path, (_, trained_with) in adapters.items():
         warn_of_another_model(path, generator.model)
-        if trained_with and not flags.raw:
+        if trained_with:
             templates[path] = ChatTemplate(trained_with, generator.tokenizer)
     if flags.chat:
-        [(path, (generator.soft_prompt, _))] = adapters.items()
+        [path] = adapters
+        generator.soft_prompt = adapters[path][0]
         template = templates.get(path) or template_of(generator)
         talk(Chat(generator, template, flags.system, **flags.sampling()))
     else:
@@ -55,9 +56,10 @@ def main(flags: TunedGenerationOptions) -> None:
 def load_adapters(
     flags: TunedGenerationOptions, requests: "list[Request]"
 ) -> "dict[Path, tuple[Tensor, str | None]]":
-    """The tuned prompts that are named, each with the template that it was trained with, if any.
+    """Load the tuned prompts that are named, each with the template that it was trained with.
 
-    Raises FileNotFoundError or ValueError, with the file and line of what names it.
+    The template is None where none lies beside it, and with --raw. Raises FileNotFoundError or
+    ValueError, with the file and line of what names it.
     """
     from llama.checkpoint.formats import open_any
     from llama.tuning.adapter import chat_template_beside, load_soft_prompt
@@ -70,7 +72,8 @@ def load_adapters(
     found, dim = {}, open_any(flags.ckpt_dir).args.dim
     for path, where in named.items():
         try:
-            found[path] = load_soft_prompt(path, dim), chat_template_beside(path)
+            soft_prompt = load_soft_prompt(path, dim)
+            found[path] = soft_prompt, None if flags.raw else chat_template_beside(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{where}{error}") from None
         except ValueError as error:

@@ -23,8 +23,7 @@ SEPARATOR = "\n\n==================================\n\n"  # printed behind each 
 EXAMPLES = Path(__file__).with_name("example_prompts.jsonl")
 QUESTIONS = Path(__file__).with_name("example_questions.jsonl")
 LONGEST_STDIN = 1 << 24  # characters
-FOR_THOSE = "example_ft.py takes such rows"
-ADAPTER = "tuning_ckpt_path"  # in a row of a file: what tuned prompt goes before it; null: none
+ADAPTER = "tuning_ckpt_path"  # in a row of a file: the tuned prompt before it; null is none
 
 
 @dataclass
@@ -32,10 +31,10 @@ class Request:
     """A prompt to be continued, and how it is shown."""
 
     given: dict  # as in the file: {"prompt": …} or {"messages": […]}, perhaps with an ADAPTER
-    where: str  # it is given, for messages
+    where: str  # that is, for messages
     adapter: Path | None = None  # of the tuned prompt to go before it
-    soft_prompt: Tensor | None = None  # what is in there
-    template: ChatTemplate | None = None  # which that was trained with, to put the prompt into
+    soft_prompt: Tensor | None = None  # what that file holds
+    template: ChatTemplate | None = None  # that it was trained with, for the prompt
     text: str = ""  # to print before the continuation
     prompt: Prompt = field(default_factory=list)  # what the generator takes
     error: str = ""  # why it cannot be continued
@@ -70,7 +69,7 @@ def _adapter_of(request: Request, flags: GenerationOptions) -> Path | None:
     where, given = request.where, request.given
     if not isinstance(flags, TunedGenerationOptions):
         if given.get(ADAPTER) is not None:
-            raise ValueError(f'{where}: "{ADAPTER}" names a tuned prompt: {FOR_THOSE}')
+            raise ValueError(f'{where}: "{ADAPTER}" names a tuned prompt: example_ft.py takes it')
         return None
     path = given.get(ADAPTER, flags.tuning_ckpt_path)
     if path is None and ADAPTER not in given:
@@ -97,12 +96,12 @@ def read_prompts(path: str | Path | None) -> list[str]:
     requests = _read(EXAMPLES if path is None else Path(path), "prompt")
     for request in requests:
         if ADAPTER in request.given:
-            raise ValueError(f'{request.where}: has a "{ADAPTER}" of its own: {FOR_THOSE}')
+            raise ValueError(f'{request.where}: has a "{ADAPTER}": example_ft.py takes it')
     return [request.given["prompt"] for request in requests]
 
 
 def _read(path: Path, name: str) -> list[Request]:
-    """The rows of a file; name: what they hold, prompt or messages (or else they are one)."""
+    """The rows of a file. name: the key of what they hold, prompt or messages; else it is a row."""
     found, messages = [], name == "messages"
     for where, row in _lines(path, "messages" if messages else "prompts", messages):
         row = row if isinstance(row, dict) else {name: row}

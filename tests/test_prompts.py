@@ -117,7 +117,7 @@ def test_a_file_of_messages_without_any_is_named(tmp_path, content):
         (True, {}, r'line 2: no "tuning_ckpt_path"; name one there, .* or give --tuning_ckpt_path'),
         (True, {"tuning_ckpt_path": 7}, "line 2: .* must be a path or null, not 7"),
         (True, {"tuning_ckpt_path": ""}, "line 2: .* must be a path or null, not ''"),
-        (False, {"tuning_ckpt_path": "x"}, "line 2: .* tuned prompt: example_ft.py takes such"),
+        (False, {"tuning_ckpt_path": "x"}, "line 2: .* tuned prompt: example_ft.py takes it"),
     ],
 )
 def test_a_row_whose_tuned_prompt_is_unclear_is_named(tmp_path, name, tuned, own, message):
@@ -128,7 +128,7 @@ def test_a_row_whose_tuned_prompt_is_unclear_is_named(tmp_path, name, tuned, own
     flags = options(ckpt_dir="", **{name: str(tmp_path / "p.jsonl")})
     with pytest.raises(ValueError, match=message):
         read_requests(flags)
-    with pytest.raises(ValueError, match='line 1: has a "tuning_ckpt_path" of its own'):
+    with pytest.raises(ValueError, match=r'line 1: has a "tuning_ckpt_path": example_ft\.py'):
         read_prompts(tmp_path / "p.jsonl")  # for convert_model.py, which takes one for all
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]))
     assert [request.adapter for request in read_requests(flags)] == [None]
