@@ -279,11 +279,11 @@ def test_log_probabilities_are_hugging_faces(tmp_path):
 def test_log_probabilities_behind_a_tuned_prompt_are_those_behind_its_tokens(tmp_path):
     llama = build(tmp_path)
     expected = llama.generate([[5, 6, 7, 8]], 0, echo=True)[0].prompt_logprobs[2:]
-    alone = llama.generate([[5, 6]], 4, 0)
+    alone = llama.generate([[5, 6]], 4, 0)[0].token
     llama.soft_prompt = llama.model.tok_embeddings(torch.tensor([5, 6]))
     found = llama.generate([[7, 8]], 0, echo=True)[0].prompt_logprobs
     assert found == pytest.approx(expected, abs=1e-4)
-    assert llama.generate([[]], 4, 0) == alone  # the tuned prompt and nothing behind it
+    assert llama.generate([[]], 4, 0)[0].token == alone  # the tuned prompt and nothing behind it
 
 
 def soft_prompts(llama, *lens) -> list:
