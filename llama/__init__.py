@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from llama.generation import LLaMA
     from llama.model import ModelArgs, Transformer
     from llama.options import SamplingParams
-    from llama.output import Output
+    from llama.output import Output, Tuned
     from llama.template import ChatTemplate
     from llama.tokenizer import Tokenizer
 
@@ -22,9 +22,10 @@ _HOMES = {
     "SamplingParams": "llama.options",
     "Transformer": "llama.model",
     "Tokenizer": "llama.tokenizer",
+    "Tuned": "llama.output",
 }
 __all__ = ["Chat", "ChatTemplate", "LLaMA", "ModelArgs", "Output", "SamplingParams"]
-__all__ += ["Tokenizer", "Transformer"]
+__all__ += ["Tokenizer", "Transformer", "Tuned"]
 
 
 def __getattr__(name: str) -> object:

@@ -20,15 +20,11 @@ ECHO_ROWS = 128  # positions of a prompt whose logits are in memory at once
 class Batch:
     """Rows of one KV cache: the first of it are at work, one for each of .rows, in their order.
 
-    Rows come and go between any two steps (continuous batching: Yu et al., 2022). soft_prompt
-    (num_virtual_tokens, dim) stands before every prompt, if there is one.
+    Rows come and go between any two steps (continuous batching: Yu et al., 2022).
     """
 
-    def __init__(
-        self, model: Transformer, soft_prompt: torch.Tensor | None, cache: KVCache
-    ) -> None:
-        self.model, self.soft_prompt, self.cache = model, soft_prompt, cache
-        self.virtual = 0 if soft_prompt is None else len(soft_prompt)
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
         self.rows: list[Row] = []
         ours = kernels() if cache.rows.device.type == "cpu" else None
         self.decoder = Decoder(ours, model, cache) if ours else None
@@ -37,10 +33,10 @@ class Batch:
     def add(self, rows: list[Row], kept: int = 0, echo: bool = False) -> torch.Tensor:
         """Read the prompts of new rows: logits (bsz, vocab_size) after the last token of each.
 
-        They are padded on the right, and read a chunk of all at a time. What a pad puts into the
-        cache lies behind its row's end, and is overwritten before the row gets there. kept: tokens
-        of a single row that the cache holds already. echo: log-probabilities of the prompts are
-        noted too.
+        They begin behind their tuned prompts, are padded on the right, and read a chunk of all at a
+        time. What a pad puts into the cache lies behind its row's end, and is overwritten before
+        the row gets there. kept: tokens of a single row that the cache holds already, behind its
+        tuned prompt. echo: log-probabilities of the prompts are noted too.
         """
         began = parallel.now()
         cache = self.cache.narrow(len(self.rows), len(rows))
@@ -48,26 +44,26 @@ class Batch:
         longest = max(map(len, prompts))
         padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
         ids = torch.tensor(padded, dtype=torch.long, device=self.model.norm.weight.device)
-        virtual = 0 if kept else self.virtual  # that are read now
-        start, width = self.virtual - virtual + kept, virtual + longest
-        lasts = [virtual + len(prompt) - 1 for prompt in prompts]
+        starts = [row.virtual + kept for row in rows]
+        before = [None if kept else self._begin(cache, i, row) for i, row in enumerate(rows)]
+        finals: list = list(before)  # states of each row's last token
         found: list[torch.Tensor] = []  # states of all positions, if echo
-        finals: dict[int, torch.Tensor] = {}  # of each row's last token
         n_positions = chunk_of(len(rows))
-        for at in range(0, width, n_positions):
+        for at in range(0, longest, n_positions):
             h = self.model.hidden_states(
-                inputs_embeds=self._embedded(ids, virtual, slice(at, at + n_positions)),
+                ids[:, at : at + n_positions],
                 cache=cache,
-                start_pos=[start + at] * len(rows),
+                start_pos=[start + at for start in starts],
             )
-            for i, last in enumerate(lasts):
-                if at <= last < at + n_positions:
-                    finals[i] = h[i, last - at].clone()
+            for i, prompt in enumerate(prompts):
+                if at < len(prompt) <= at + n_positions:
+                    finals[i] = h[i, len(prompt) - 1 - at].clone()
             found += [h] if echo else []
             del h  # before the next is made
-        for row, states in zip(rows, torch.cat(found, 1) if echo else ()):
-            row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states)
-        logits = self.model.gather_logits(torch.stack([finals[i] for i in range(len(rows))]))
+        for i, row in enumerate(rows if echo else ()):
+            states = [h[i] for h in found]
+            row.output.prompt_logprobs = self._prompt_logprobs(row.ids, states, before[i])
+        logits = self.model.gather_logits(torch.stack(finals))
         ended = parallel.now()
         for row in rows:
             row.began, row.done = ended, row.limit == 0
@@ -75,25 +71,44 @@ class Batch:
         self.rows += rows
         return logits
 
-    def _embedded(self, ids: torch.Tensor, virtual: int, positions: slice) -> torch.Tensor:
-        """Some positions of prompts ids (bsz, longest) behind so many virtual tokens, embedded."""
-        start, stop = (max(x - virtual, 0) for x in (positions.start, positions.stop))
-        parts = []
-        if self.soft_prompt is not None and positions.start < virtual:
-            soft = self.soft_prompt[positions].to(self.model.norm.weight)
-            parts.append(soft.expand(len(ids), -1, -1))
-        if stop > start:
-            parts.append(self.model.tok_embeddings(ids[:, start:stop]))
-        return torch.cat(parts, dim=1)  # (bsz, positions, dim)
+    def _begin(self, cache: KVCache, i: int, row: Row) -> torch.Tensor | None:
+        """Put the keys and values of its tuned prompt into row i of a cache.
 
-    def _prompt_logprobs(self, ids: list[int], h: torch.Tensor) -> list[float | None]:
-        """The log-probability of each id of a prompt, of its states (… + longest, dim)."""
-        first = 0 if self.virtual else 1  # only a tuned prompt stands before the first id
-        found: list[float | None] = [None] * first
-        for start in range(first, len(ids), ECHO_ROWS):
+        Returns the states (dim,) of its last token; None where there is no such prompt.
+        """
+        prefix, row.prefix = row.prefix, None
+        if prefix is None:
+            return None
+        if prefix.read is None:
+            prefix.read = self._read(prefix.soft_prompt)
+        read, last = prefix.read
+        cache.copy_row(i, read, 0, row.virtual)
+        return last
+
+    def _read(self, soft_prompt: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
+        """Compute the keys and values of a tuned prompt, and the states of its last token."""
+        n_positions, cache = chunk_of(1), KVCache(self.model, 1, len(soft_prompt))
+        for at in range(0, len(soft_prompt), n_positions):
+            part = soft_prompt[None, at : at + n_positions].to(self.model.norm.weight)
+            h = self.model.hidden_states(inputs_embeds=part, cache=cache, start_pos=[at])
+        return cache, h[0, -1].clone()
+
+    def _prompt_logprobs(
+        self, ids: list[int], states: list[torch.Tensor], before: torch.Tensor | None
+    ) -> list[float | None]:
+        """The log-probability of each id of a prompt, of its states, chunks of (…, dim).
+
+        before: the states (dim,) of the tuned token before the first id, if there is one.
+        """
+        found: list[float | None] = []
+        if before is None:
+            found, ids = [None], ids[1:]
+        else:
+            states = [before[None], *states]
+        h = torch.cat(states)
+        for start in range(0, len(ids), ECHO_ROWS):
             wanted = torch.tensor(ids[start : start + ECHO_ROWS], device=h.device)[:, None]
-            before = self.virtual + start - 1
-            logits = self.model.gather_logits(h[before : before + len(wanted)])
+            logits = self.model.gather_logits(h[start : start + len(wanted)])
             found += logits.log_softmax(dim=-1).gather(1, wanted)[:, 0].tolist()
         return found
 
@@ -121,22 +136,28 @@ class Batch:
                 last = kept.pop()
                 if i < len(kept):
                     kept[i] = last
-                    self.cache.move(last, i, self._filled(self.rows[last]))
+                    self.cache.copy_row(i, self.cache, last, self._filled(self.rows[last]))
         self.rows = [self.rows[i] for i in kept]
         return kept
 
     def _filled(self, row: Row) -> int:
         """Positions of the cache that a row fills: not yet with its last token."""
-        return self.virtual + len(row.ids) + len(row.output.token) - 1
+        return row.virtual + len(row.ids) + len(row.output.token) - 1
 
 
-def take_alike(waiting: deque[Row], most: int) -> list[Row]:
-    """Take the next prompts, so many at most, as long as padding them alike costs little."""
+def take_alike(waiting: deque[Row], most: int, max_len: int) -> list[Row]:
+    """Take the next prompts, so many at most, as long as padding them alike costs little.
+
+    max_len: positions of the cache, in which pads must lie too.
+    """
     taken: list[Row] = []
     lens: list[int] = []
+    virtual = 0
     while waiting and len(taken) < most:
         lens.append(len(waiting[0].ids))
-        if len(lens) * max(lens) - sum(lens) > MAX_PADDING:
+        virtual = max(virtual, waiting[0].virtual)
+        padding = len(lens) * max(lens) - sum(lens)
+        if padding > MAX_PADDING or virtual + max(lens) > max_len:
             break
         taken.append(waiting.popleft())
     return taken

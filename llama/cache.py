@@ -19,7 +19,8 @@ class KVCache:
         shape = (model.args.n_layers, 2, bsz, max_len, model.n_local_kv_heads, model.args.head_dim)
         # Zeros: what a row has not written yet is masked, but 0 times NaN would still be NaN. What
         # an earlier prompt left is finite: the first logits that are not have ended the run.
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device).unbind(0)
+        self.all = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.layers = self.all.unbind(0)
         self.rows = torch.arange(bsz, device=weight.device)[:, None]  # (bsz, 1)
         self.end = 0  # of what any row has written
         self.place: tuple = ()  # index into (bsz, max_len) of what the pass writes
@@ -29,14 +30,19 @@ class KVCache:
         if bsz == len(self.rows):
             return self
         part = copy.copy(self)
-        part.layers = tuple(layer[:, start : start + bsz] for layer in self.layers)
+        part.all = self.all[:, :, start : start + bsz]
+        part.layers = part.all.unbind(0)
         part.rows = self.rows[:bsz]
         return part
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first positions of a row, so many, over those of another."""
-        for layer in self.layers:
-            layer[:, target, :length] = layer[:, source, :length]
+    @property
+    def max_len(self) -> int:
+        """Positions that each row has."""
+        return self.all.shape[3]
+
+    def copy_row(self, target: int, other: "KVCache", source: int, length: int) -> None:
+        """Copy the first positions of another cache's row, or of this one's, so many, to a row."""
+        self.all[:, :, target, :length] = other.all[:, :, source, :length]
 
     def advance(
         self, start_pos: list[int], seqlen: int, starts: Tensor | None = None

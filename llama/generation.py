@@ -22,7 +22,7 @@ from llama.memory import DEFAULTS, check_generation
 from llama.model import Transformer
 from llama.offload import Offload, layers_to_offload
 from llama.options import SamplingParams, check_max_seq_len
-from llama.output import Output, Prompt, Row, Stream, Timing
+from llama.output import Output, Prefix, Prompt, Row, Stream, Timing, Tuned
 from llama.plan import Plan
 from llama.sampling import BROKEN, INTERRUPTED, Sampler
 from llama.text_stream import TextStream
@@ -42,12 +42,13 @@ class PromptCache:
         self.n_streams = 0  # that have used it: only the last may go on
         self.ids: list[int] = []  # what it holds, behind the tuned prompt
 
-    def keep(self, ids: list[int], soft_prompt: torch.Tensor | None) -> int:
+    def keep(self, ids: list[int], prefix: Prefix | None) -> int:
         """Keep what a prompt of these ids begins with; how many tokens that are.
 
         The last one is read in any case: what comes after it is wanted.
         """
         self.n_streams += 1
+        soft_prompt = None if prefix is None else prefix.soft_prompt
         if soft_prompt is not self.soft_prompt:
             self.ids, self.soft_prompt = [], soft_prompt
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1]))
@@ -63,7 +64,7 @@ class LLaMA:
     tokenizer: Tokenizer
     max_seq_len: int = 512
     max_batch_size: int = 32
-    soft_prompt: torch.Tensor | None = None  # (num_virtual_tokens, dim), before every prompt
+    soft_prompt: torch.Tensor | None = None  # (num_virtual_tokens, dim), before prompts but Tuned
     timing: Timing = field(default_factory=Timing)
     ckpt: Source | None = None  # whose mapped files are to stay as they are meanwhile
 
@@ -114,7 +115,8 @@ class LLaMA:
         """Continue each prompt until its end of sequence, max_gen_len tokens or max_seq_len.
 
         A prompt is a text, or its token ids, taken as they are: tokenizer.encode(…,
-        special_tokens=True) makes those of a text with special tokens in it. What follows is a
+        special_tokens=True) makes those of a text with special tokens in it. One of these in a
+        Tuned has its own soft prompt in front, in place of .soft_prompt. What follows is a
         SamplingParams, or what makes one: max_gen_len, temperature, top_p, seed, top_k, min_p,
         repetition_penalty, stop, n, logprobs, echo. With n, each prompt has n outputs, side by
         side. Raises ValueError for a prompt that leaves no room in max_seq_len,
@@ -133,8 +135,9 @@ class LLaMA:
         if not prompts:
             raise ValueError("no prompts to continue: give a list with at least one")
         made, rows = SamplingParams.of(*args, **params), []
+        prefixes: dict[torch.Tensor, Prefix] = {}
         for number, prompt in enumerate(prompts, 1):
-            rows += [self._row(prompt, f"prompt {number}", made) for _ in range(made.n)]
+            rows += [self._row(prompt, f"prompt {number}", made, prefixes) for _ in range(made.n)]
         return self._in_order(rows, self._sampler(made))
 
     def stream(
@@ -156,13 +159,14 @@ class LLaMA:
             raise ValueError("a stream has one continuation, and no echo where it keeps a cache")
         if cache is not None and self.max_seq_len > cache.max_seq_len:
             raise ValueError("max_seq_len was raised since this cache was made: make another")
-        row, sampler = self._row(prompt, "the prompt", made), self._sampler(made, interrupted)
+        row, sampler = self._row(prompt, "the prompt", made, {}), self._sampler(made, interrupted)
         pieces = (piece for _, piece in self._continue([row], sampler, cache) if piece)
         return Stream(row.output, pieces)
 
     def check_fits(self, prompt: Prompt, max_gen_len: int = 1) -> None:
         """Raise ValueError if a prompt leaves no room in max_seq_len for any token of so many."""
-        self._room(self._ids(prompt), min(max_gen_len, 1))
+        ids, soft_prompt = self._parts(prompt)
+        self._room(ids, virtual_tokens(soft_prompt), min(max_gen_len, 1))
 
     @property
     def device(self) -> torch.device:
@@ -170,34 +174,54 @@ class LLaMA:
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 0 if self.soft_prompt is None else len(self.soft_prompt)
+        return virtual_tokens(self.soft_prompt)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _parts(self, prompt: Prompt) -> tuple[list[int], torch.Tensor | None]:
+        """A prompt's token ids, and the soft prompt before it."""
+        soft_prompt = self.soft_prompt
+        if isinstance(prompt, Tuned):
+            soft_prompt, prompt = prompt.soft_prompt, prompt.prompt
+        dim = self.model.args.dim
+        if soft_prompt is not None and (soft_prompt.dim() != 2 or soft_prompt.shape[1] != dim):
+            shape = tuple(soft_prompt.shape)
+            raise ValueError(f"a soft prompt is of shape (num_virtual_tokens, {dim}), not {shape}")
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt), soft_prompt
         if not isinstance(prompt, list | tuple) or not all(type(i) is int for i in prompt):
             raise ValueError(f"a prompt is a text or a list of token ids, not {prompt!r:.80}")
-        return list(prompt)
+        return list(prompt), soft_prompt
 
-    def _row(self, prompt: Prompt, name: str, params: SamplingParams) -> Row:
-        """A prompt made ready; ValueError, naming it, for one that cannot be continued."""
-        tokenizer, ids = self.tokenizer, self._ids(prompt)
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        name = f"{name} ('{shown(text, 40)}')"
+    def _row(
+        self,
+        prompt: Prompt,
+        name: str,
+        params: SamplingParams,
+        prefixes: dict[torch.Tensor, Prefix],
+    ) -> Row:
+        """A prompt made ready; ValueError, naming it, for one that cannot be continued.
+
+        prefixes: of the rows before, by their soft prompts, which share them.
+        """
+        tokenizer, (ids, soft_prompt) = self.tokenizer, self._parts(prompt)
+        text = prompt.prompt if isinstance(prompt, Tuned) else prompt
+        text = text if isinstance(text, str) else tokenizer.decode(ids)
+        name, virtual = f"{name} ('{shown(text, 40)}')", virtual_tokens(soft_prompt)
         try:
-            limit = min(params.max_gen_len, self._room(ids, min(params.max_gen_len, 1)))
+            limit = min(params.max_gen_len, self._room(ids, virtual, min(params.max_gen_len, 1)))
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
         output = Output()
         output.timing.prompt_tokens = len(ids)
         row = Row(name, ids, limit, TextStream(tokenizer, ids, params.stop), output)
+        if soft_prompt is not None and virtual:
+            row.prefix = prefixes.setdefault(soft_prompt, Prefix(soft_prompt))
+            row.virtual = virtual
         if params.logprobs is not None:
             output.logprobs, output.top_logprobs = row.logprobs, row.top_logprobs
         return row
 
-    def _room(self, ids: list[int], needed: int) -> int:
+    def _room(self, ids: list[int], virtual: int, needed: int) -> int:
         """How many tokens may follow these; ValueError if they are fewer than needed."""
-        virtual = self.num_virtual_tokens
         if not ids and not virtual:
             raise ValueError("has no token to start from")
         room = self.max_seq_len - virtual - len(ids)
@@ -239,12 +263,12 @@ class LLaMA:
         """
         bsz, kept = min(len(prompts), self.max_batch_size), 0  # kept: tokens that were read before
         if cache is None:
-            longest = max(len(row.ids) + row.limit for row in prompts)
-            kv = KVCache(self.model, bsz, self.num_virtual_tokens + longest)
+            longest = max(row.virtual + len(row.ids) + row.limit for row in prompts)
+            kv = KVCache(self.model, bsz, longest)
         else:
-            kv, kept = cache.kv, cache.keep(prompts[0].ids, self.soft_prompt)
+            kv, kept = cache.kv, cache.keep(prompts[0].ids, prompts[0].prefix)
             turn = cache.n_streams
-        batch, waiting = Batch(self.model, self.soft_prompt, kv), deque(prompts)
+        batch, waiting = Batch(self.model, kv), deque(prompts)
         began, reading = parallel.now(), 0.0
         try:
             while batch.rows or waiting:
@@ -252,7 +276,7 @@ class LLaMA:
                     raise ValueError("another stream uses this cache: give each its own")
                 logits = [batch.decode_one_token()] if batch.rows else []
                 while waiting and len(batch.rows) < bsz:
-                    new = take_alike(waiting, bsz - len(batch.rows))
+                    new = take_alike(waiting, bsz - len(batch.rows), kv.max_len)
                     logits.append(batch.add(new, kept, sampler.params.echo))
                     sampler.add([row.ids for row in new], logits[-1].shape[1])
                     seconds = new[0].output.timing.prompt_seconds  # of them all
@@ -321,6 +345,11 @@ class LLaMA:
             if not row.done and token >= 0 and token not in self.tokenizer.stop_ids:
                 row.logprobs.append(chosen[i])
                 row.top_logprobs.append(dict(zip(ids[i], values[i])))
+
+
+def virtual_tokens(soft_prompt: torch.Tensor | None) -> int:
+    """How many tokens a soft prompt has."""
+    return 0 if soft_prompt is None else len(soft_prompt)
 
 
 def load_model(

@@ -165,13 +165,22 @@ class GenerationOptions(SamplingParams):
 
 @dataclass(kw_only=True)
 class TunedGenerationOptions(GenerationOptions):
-    tuning_ckpt_path: str
+    tuning_ckpt_path: str | None = None
     raw: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tuning_ckpt_path is None and not (self.prompts_file or self.messages_file):
+            raise ValueError(
+                "--tuning_ckpt_path is needed, but where each row of --prompts_file or "
+                "--messages_file names one"
+            )
 
     __doc__ = (
         inspect.cleandoc(GenerationOptions.__doc__ or "")  # Python 3.13 has it without indentation
         + "\n    tuning_ckpt_path: what ft_main.py or PEFT saved, to go before every prompt: a\n"
-        "        folder, or a .safetensors, .bin or .pth file.\n"
+        "        folder, or a .safetensors, .bin or .pth file. A row of a .jsonl file may name\n"
+        "        another as its tuning_ckpt_path; null is none.\n"
         "    raw: leave prompts as they are; else they are put into the template that the tuned\n"
         "        prompt was trained with.\n"
     )

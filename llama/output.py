@@ -3,9 +3,26 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from llama.cache import KVCache
 from llama.text_stream import TextStream
 
-Prompt = str | Sequence[int]  # a text, or token ids, taken as they are
+Text = str | Sequence[int]  # or token ids, taken as they are
+
+
+@dataclass
+class Tuned:
+    """A prompt with a soft prompt of its own in front, (num_virtual_tokens, dim); None: with none.
+
+    What several prompts have in front, as one and the same tensor, is read once for all of them.
+    """
+
+    prompt: Text
+    soft_prompt: Tensor | None
+
+
+Prompt = Text | Tuned
 
 
 @dataclass
@@ -47,6 +64,15 @@ class Stream(Iterator[str]):
 
 
 @dataclass
+class Prefix:
+    """A soft prompt, and what the model computes of it: once for all rows that it stands before."""
+
+    soft_prompt: Tensor  # (num_virtual_tokens, dim)
+    # Its keys and values, of one row, and the states (dim,) of its last token; None: not read yet.
+    read: tuple[KVCache, Tensor] | None = None
+
+
+@dataclass
 class Row:
     """A prompt, and its continuation while it grows."""
 
@@ -55,6 +81,8 @@ class Row:
     limit: int  # of new tokens
     text: TextStream
     output: Output
+    prefix: Prefix | None = None  # given up once it is in the row: the last row frees its memory
+    virtual: int = 0  # tokens of it
     done: bool = False
     began: float = 0.0  # seconds on parallel.now()'s clock, when its prompt had been read
     logprobs: list[float] = field(default_factory=list)  # for the output, where asked for

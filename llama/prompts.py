@@ -9,25 +9,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llama import parallel
 from llama.cli import MemoryWatch, counted, progress_bar, say, show, shown
 from llama.files import check_text, parse_json, read_lines
 from llama.generation import LLaMA
-from llama.options import GenerationOptions
-from llama.output import Output, Prompt, Timing
-from llama.template import ChatTemplate, Messages, check_messages
+from llama.options import GenerationOptions, TunedGenerationOptions
+from llama.output import Output, Prompt, Timing, Tuned
+from llama.template import ChatTemplate, check_messages
 
 SEPARATOR = "\n\n==================================\n\n"  # printed behind each completion
 EXAMPLES = Path(__file__).with_name("example_prompts.jsonl")
 QUESTIONS = Path(__file__).with_name("example_questions.jsonl")
 LONGEST_STDIN = 1 << 24  # characters
+ADAPTER = "tuning_ckpt_path"  # in a row of a file: the tuned prompt before it; null is none
 
 
 @dataclass
 class Request:
     """A prompt to be continued, and how it is shown."""
 
-    given: dict  # as in the file: {"prompt": …} or {"messages": […]}
+    given: dict  # as in the file: {"prompt": …} or {"messages": […]}, perhaps with an ADAPTER
+    where: str  # that is, for messages
+    adapter: Path | None = None  # of the tuned prompt to go before it
+    soft_prompt: Tensor | None = None  # what that file holds
+    template: ChatTemplate | None = None  # that it was trained with, for the prompt
     text: str = ""  # to print before the continuation
     prompt: Prompt = field(default_factory=list)  # what the generator takes
     error: str = ""  # why it cannot be continued
@@ -41,15 +48,38 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
     if flags.chat:
         return []
     if flags.messages_file is not None:
-        return [Request({"messages": messages}) for messages in read_messages(flags.messages_file)]
-    if flags.prompt is None:
-        path = examples if flags.prompts_file is None else flags.prompts_file
-        return [Request({"prompt": prompt}) for prompt in read_prompts(path)]
-    prompt = flags.prompt
-    if prompt == "-":
-        parallel.setup()  # rank 0 alone reads
-        prompt = parallel.from_rank_0(read_stdin)
-    return [Request({"prompt": check_text("--prompt", "prompt", prompt)})]
+        requests = _read(Path(flags.messages_file), "messages")
+    elif flags.prompt is None:
+        path = examples or EXAMPLES if flags.prompts_file is None else flags.prompts_file
+        requests = _read(Path(path), "prompt")
+    else:
+        prompt = flags.prompt
+        if prompt == "-":
+            parallel.setup()  # rank 0 alone reads
+            prompt = parallel.from_rank_0(read_stdin)
+        prompt = check_text("--prompt", "prompt", prompt)
+        requests = [Request({"prompt": prompt}, "--prompt")]
+    for request in requests:
+        request.adapter = _adapter_of(request, flags)
+    return requests
+
+
+def _adapter_of(request: Request, flags: GenerationOptions) -> Path | None:
+    """Where the tuned prompt is that goes before a request: its own, else --tuning_ckpt_path's."""
+    where, given = request.where, request.given
+    if not isinstance(flags, TunedGenerationOptions):
+        if given.get(ADAPTER) is not None:
+            raise ValueError(f'{where}: "{ADAPTER}" names a tuned prompt: example_ft.py takes it')
+        return None
+    path = given.get(ADAPTER, flags.tuning_ckpt_path)
+    if path is None and ADAPTER not in given:
+        raise ValueError(
+            f'{where}: no "{ADAPTER}"; name one there, or null for none, or give '
+            "--tuning_ckpt_path for all rows that name none"
+        )
+    if path is not None and (not isinstance(path, str) or not path):
+        raise ValueError(f'{where}: "{ADAPTER}" must be a path or null, not {path!r:.80}')
+    return None if path is None else Path(path)
 
 
 def read_stdin() -> str:
@@ -63,26 +93,26 @@ def read_prompts(path: str | Path | None) -> list[str]:
 
     None reads the example prompts. Raises FileNotFoundError, and ValueError with the line's number.
     """
-    prompts = []
-    for where, value in _lines(EXAMPLES if path is None else Path(path), "prompts"):
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        prompts.append(check_text(where, "prompt", prompt))
-    return prompts
+    requests = _read(EXAMPLES if path is None else Path(path), "prompt")
+    for request in requests:
+        if ADAPTER in request.given:
+            raise ValueError(f'{request.where}: has a "{ADAPTER}": example_ft.py takes it')
+    return [request.given["prompt"] for request in requests]
 
 
-def read_messages(path: str | Path) -> list[Messages]:
-    """The conversations of a .jsonl file of {"messages": […]} lines, or of lists of messages.
-
-    Raises FileNotFoundError, and ValueError with the line's number.
-    """
-    found = []
-    for where, value in _lines(Path(path), "messages", always_json=True):
-        messages = value.get("messages") if isinstance(value, dict) else value
-        found.append(check_messages(where, messages))
+def _read(path: Path, name: str) -> list[Request]:
+    """The rows of a file. name: the key of what they hold, prompt or messages; else it is a row."""
+    found, messages = [], name == "messages"
+    for where, row in _lines(path, "messages" if messages else "prompts", messages):
+        row = row if isinstance(row, dict) else {name: row}
+        own = row.get(name)
+        own = check_messages(where, own) if messages else check_text(where, name, own)
+        named = {ADAPTER: row[ADAPTER]} if ADAPTER in row else {}
+        found.append(Request({name: own} | named, where))
     return found
 
 
-def _lines(path: Path, what: str, always_json: bool = False) -> Iterator[tuple[str, object]]:
+def _lines(path: Path, what: str, always_json: bool) -> Iterator[tuple[str, object]]:
     """What each line of a file holds, and where it stands; ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {what} file")
@@ -94,24 +124,20 @@ def _lines(path: Path, what: str, always_json: bool = False) -> Iterator[tuple[s
         yield where, parse_json(where, line) if is_json else line
 
 
-def complete(
-    generator: LLaMA,
-    requests: list[Request],
-    flags: GenerationOptions,
-    template: ChatTemplate | None = None,
-) -> None:
+def complete(generator: LLaMA, requests: list[Request], flags: GenerationOptions) -> None:
     """Continue the requests, and print each as soon as it is done, a single one while it comes.
 
-    template: what prompts are put into. None leaves them, with --instruct it is the tokenizer's.
+    Those without a template are left as they are; with --instruct they get the tokenizer's.
     """
-    if template and flags.special_tokens:
+    untrained, template = [x for x in requests if x.template is None], None
+    if len(untrained) < len(requests) and flags.special_tokens:
         raise ValueError("--special_tokens is for prompts as they are: give --raw too")
-    if flags.instruct or flags.messages_file is not None:
-        template = template or template_of(generator)
-    elif template is None and generator.tokenizer.chat_template is not None:
+    if untrained and (flags.instruct or flags.messages_file is not None):
+        template = template_of(generator)
+    elif untrained and generator.tokenizer.chat_template is not None:
         say("this model has a chat template; prompts are sent without it (--instruct uses it)")
     for request in requests:
-        _make_ready(request, generator, flags, template)
+        _make_ready(request, generator, flags, request.template or template)
     ready = [request.prompt for request in requests if not request.error]
     if not ready:
         raise ValueError("no prompt is left to continue")
@@ -149,12 +175,13 @@ def _make_ready(
             if messages is None:
                 messages = [{"role": "system", "content": flags.system}] if flags.system else []
                 messages = [*messages, {"role": "user", "content": text}]
-            request.prompt = template.ids(messages)
+            ids = template.ids(messages)
             turns = [f"{message['role']}: {message['content']}" for message in messages]
             request.text = "\n\n".join([*turns, "assistant: "])
         else:
-            request.prompt = generator.tokenizer.encode(text, special_tokens=flags.special_tokens)
+            ids = generator.tokenizer.encode(text, special_tokens=flags.special_tokens)
             request.text = text
+        request.prompt = Tuned(ids, request.soft_prompt)
         generator.check_fits(request.prompt, flags.max_gen_len)
     except ValueError as error:
         request.error = f"{_name(request)}: {error}"

@@ -34,6 +34,7 @@ from llama.cache import KVCache
 from llama.checkpoint.quantized import quantized
 from llama.generation import LLaMA, load_model
 from llama.model import Transformer
+from llama.output import Tuned
 from llama.tuning.data import collate
 from llama.tuning.model import add_soft_prompt, soft_prompt_of
 from llama.tuning.options import TuningOptions
@@ -205,6 +206,8 @@ def generate_in_other_ways(rank: int, n: int, *how: object) -> list:
         llama.soft_prompt = SOFT_PROMPT
         llama.generate([[1] * 1200] * 2, max_gen_len=2)  # of one length, read in two chunks
         llama.generate([[1] * 4], max_gen_len=2, logprobs=2, echo=True)
+        mixed = [Tuned([1] * 4, soft) for soft in (SOFT_PROMPT, SOFT_PROMPT[:2], None)]
+        llama.generate(mixed, max_gen_len=2, logprobs=2, echo=True)
         with torch.no_grad():
             for padding, left in ((None, False), ("right", False), ("left", True)):
                 ids, watcher.padded_left = torch.ones((2, 9), dtype=int, device=CARD), left

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama import LLaMA, cli, parallel
+from llama import LLaMA, Tuned, cli, parallel
 from llama.cache import KVCache
 from llama.checkpoint.formats import open_any
 from llama.generation import load_model
@@ -74,6 +74,15 @@ def generated_tokens(models: list, prompts: list[str]) -> list:
         tokens.append([output.token for output in outputs])
     sampled = generator.generate(prompts, **SAMPLING)
     return [*tokens, [output.token for output in sampled]]
+
+
+def tuned_tokens(model: list, prompts: list[str]) -> list:
+    """What a model, of (folder, tokenizer), generates with several soft prompts side by side."""
+    generator = LLaMA.build(*model, max_batch_size=MAX_BATCH_SIZE)
+    chance, dim = torch.Generator().manual_seed(3), generator.model.args.dim
+    soft_prompts = [torch.randn(n, dim, generator=chance) / 2 for n in (7, 2)] + [None]
+    tuned = [Tuned(prompt, soft) for prompt in prompts for soft in soft_prompts]
+    return [output.token for output in generator.generate(tuned, max_gen_len=8, temperature=0)]
 
 
 def smollm2(ckpt_dir: str, ids: list[int], out: str) -> list:

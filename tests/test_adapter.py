@@ -1,5 +1,7 @@
 """Adapters go in and out of PEFT unchanged; what is no tuned prompt is named and runs no code."""
 
+import json
+
 import peft
 import programs
 import pytest
@@ -8,11 +10,15 @@ from conftest import TOKENIZERS, RunsCode, flags_of, hf_reference, make_ckpt, ru
 from formats import tiny
 from safetensors.torch import save_file
 
+import example_ft
 from llama import LLaMA
 from llama.checkpoint.convert import convert
 from llama.checkpoint.formats import open_any
 from llama.checkpoint.gguf import write_gguf
+from llama.options import TunedGenerationOptions
 from llama.prompts import SEPARATOR
+from llama.template import ChatTemplate
+from llama.tuning import adapter
 from llama.tuning.adapter import (
     base_model_facts,
     load_soft_prompt,
@@ -68,6 +74,68 @@ def test_an_adapter_of_plain_peft_gives_the_same_text_here(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     found = result.stdout.split(SEPARATOR)
     assert found == [*(text + output.text for text, output in zip(TEXTS, outputs)), ""]
+
+
+@pytest.fixture
+def tuned_rows(tmp_path):
+    """Two adapters, with and without a template, another model's, and flags for rows of them."""
+    ckpt_dir, chance = make_ckpt(tmp_path / "ckpt", **MODEL), torch.Generator().manual_seed(2)
+    for name, n in (("long", 30), ("short", 4)):
+        (tmp_path / name).mkdir()
+        prompt = {KEY: torch.randn(n, DIM, generator=chance)}
+        save_file(prompt, tmp_path / name / "adapter_model.safetensors")
+    (tmp_path / "long" / "chat_template.jinja").write_text("Q: {{ messages[0].content }} A:")
+    (tmp_path / "short" / "base_model.json").write_text('{"dim": 8}')
+
+    def flags(rows: list[dict], **options) -> TunedGenerationOptions:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = {"temperature": 0, "max_gen_len": 8, "json": True} | options
+        given = {"ckpt_dir": str(ckpt_dir), "tokenizer_path": str(PATH)} | options
+        return TunedGenerationOptions(**given, prompts_file=str(tmp_path / "rows.jsonl"))
+
+    return flags
+
+
+def test_rows_of_one_file_have_the_adapters_that_they_name(
+    tuned_rows, tmp_path, monkeypatch, capsys
+):
+    long, short = str(tmp_path / "long"), str(tmp_path / "short")
+    named = [{"tuning_ckpt_path": x} for x in (long, short + "/", None, short)] + [{}]
+    rows = [{"prompt": text} | own for text in TEXTS for own in named]
+    loaded, load = [], adapter.load_soft_prompt
+    monkeypatch.setattr(adapter, "load_soft_prompt", lambda *x: (loaded.append(x), load(*x))[1])
+    example_ft.main(tuned_rows(rows, tuning_ckpt_path=short))
+    assert len(loaded) == 2
+    said = capsys.readouterr()
+    assert said.err.count("trained on another model") == 1
+    found = [json.loads(line) for line in said.out.splitlines()]
+    llama = LLaMA.build(tmp_path / "ckpt", PATH)
+    template = ChatTemplate("Q: {{ messages[0].content }} A:", llama.tokenizer)
+    for row, given in zip(found, rows, strict=True):
+        assert row.items() >= given.items()
+        path = given.get("tuning_ckpt_path", short)
+        llama.soft_prompt = path and load_soft_prompt(path, DIM)
+        prompt = given["prompt"]
+        prompt = template.ids([{"content": prompt}]) if path == long else prompt
+        assert row["tokens"] == llama.generate([prompt], 8, 0)[0].token
+    capsys.readouterr()
+    example_ft.main(tuned_rows(rows[:1], json=False))  # a single one is streamed
+    assert capsys.readouterr().out == f"user: Once\n\nassistant: {found[0]['text']}{SEPARATOR}"
+
+
+@pytest.mark.parametrize("kind", ["missing", "other dim", "text"])
+def test_a_row_with_a_bad_adapter_is_named_before_the_model_is_loaded(
+    tuned_rows, tmp_path, monkeypatch, kind
+):
+    content, message = BAD_ADAPTERS[kind]
+    path = tmp_path / "bad"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(LLaMA, "build", None)
+    good = str(tmp_path / "long")
+    rows = [{"prompt": "x", "tuning_ckpt_path": x} for x in (good, str(path))]
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"rows.jsonl, line 2: .*{message}"):
+        example_ft.main(tuned_rows(rows))
 
 
 def test_cached_generation_with_a_prompt_equals_uncached_up_to_the_last_position(tmp_path):

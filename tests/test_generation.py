@@ -4,6 +4,7 @@ import functools
 import random
 import re
 import shlex
+import weakref
 
 import programs
 import pytest
@@ -23,7 +24,7 @@ from test_gguf_tokenizer import mixed_text
 from test_vocabulary import small_files
 from transformers import AutoModelForCausalLM
 
-from llama import LLaMA, batch, generation
+from llama import LLaMA, Tuned, batch, generation
 from llama.checkpoint.convert import convert
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.formats import open_any, open_pair
@@ -109,6 +110,18 @@ def test_every_format_gives_the_same_text_and_what_is_done_is_said(any_format, c
     assert capsys.readouterr().err == ""
 
 
+def sizes_of_passes(llama, monkeypatch) -> list[int]:
+    """The number of tokens in each pass through the model from now on, pads too."""
+    sizes, hidden_states = [], llama.model.hidden_states
+
+    def watched(input_ids=None, inputs_embeds=None, **kwargs):
+        sizes.append((input_ids if inputs_embeds is None else inputs_embeds).shape[:2].numel())
+        return hidden_states(input_ids, inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    return sizes
+
+
 @pytest.mark.parametrize("virtual", [0, 7])
 def test_prompts_are_read_a_chunk_at_a_time(tmp_path, monkeypatch, virtual):
     llama = build(tmp_path, max_batch_size=3)
@@ -118,13 +131,7 @@ def test_prompts_are_read_a_chunk_at_a_time(tmp_path, monkeypatch, virtual):
     whole = llama.generate(prompts, echo=True, **options)
     monkeypatch.setattr(batch, "CHUNK_TOKENS", 9)
     monkeypatch.setattr(batch, "CHUNK_POSITIONS", 2)
-    sizes, hidden_states = [], llama.model.hidden_states
-
-    def watched(*args, inputs_embeds=None, **kwargs):
-        sizes.append(inputs_embeds.shape[:2].numel())
-        return hidden_states(*args, inputs_embeds=inputs_embeds, **kwargs)
-
-    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    sizes = sizes_of_passes(llama, monkeypatch)
     for echo in (True, False):
         chunked = llama.generate(prompts, echo=echo, **options)
         assert [output.token for output in chunked] == [output.token for output in whole]
@@ -272,9 +279,66 @@ def test_log_probabilities_are_hugging_faces(tmp_path):
 def test_log_probabilities_behind_a_tuned_prompt_are_those_behind_its_tokens(tmp_path):
     llama = build(tmp_path)
     expected = llama.generate([[5, 6, 7, 8]], 0, echo=True)[0].prompt_logprobs[2:]
+    alone = llama.generate([[5, 6]], 4, 0)[0].token
     llama.soft_prompt = llama.model.tok_embeddings(torch.tensor([5, 6]))
     found = llama.generate([[7, 8]], 0, echo=True)[0].prompt_logprobs
     assert found == pytest.approx(expected, abs=1e-4)
+    assert llama.generate([[]], 4, 0)[0].token == alone  # the tuned prompt and nothing behind it
+
+
+def soft_prompts(llama, *lens) -> list:
+    """Random soft prompts of so many tokens, about as large as embeddings."""
+    chance = torch.Generator().manual_seed(3)
+    dim = llama.model.args.dim
+    return [torch.randn(n, dim, generator=chance) / 2 if n else None for n in lens]
+
+
+@pytest.mark.parametrize("max_batch_size", [3, 32])
+def test_each_row_of_a_batch_has_its_own_soft_prompt_and_gives_what_it_gives_alone(
+    tmp_path, max_batch_size
+):
+    llama = build(tmp_path, max_batch_size=max_batch_size)
+    long, short, one, none = soft_prompts(llama, 44, 7, 1, 0)
+    # The first two are read apart: pads behind the long one would run over the cache's end.
+    texts = [("Once", long), ("a b c d e " * 4, none), ([], short), *zip(PROMPTS, [one, none] * 2)]
+    texts += [(prompt, soft) for prompt in PROMPTS for soft in (short, long)]
+    options = {"max_gen_len": 4, "temperature": 0, "logprobs": 1, "echo": True}
+    alone = []
+    for text, llama.soft_prompt in texts:
+        alone += llama.generate([text], **options)
+    llama.soft_prompt = long  # which none of those takes
+    together = llama.generate([Tuned(*pair) for pair in texts], **options)
+    assert [output.token for output in together] == [output.token for output in alone]
+    for output, expected, (_, soft) in zip(together, alone, texts):
+        assert output.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+        first = soft is None  # has nothing before it
+        found, wanted = output.prompt_logprobs, expected.prompt_logprobs
+        assert found[first:] == pytest.approx(wanted[first:], abs=1e-3)
+        assert found[:first] == [None] * first
+    assert llama.generate(["Once"], **options)[0].token == alone[0].token
+    assert "".join(llama.stream(Tuned("Once", short), 4, 0)) == alone[7].text
+    assert len({output.text for output in alone[7:9]}) == 2  # or soft prompts change nothing
+
+
+def test_a_soft_prompt_is_read_once_and_let_go_with_its_last_row(tmp_path, monkeypatch):
+    llama = build(tmp_path, max_batch_size=3)
+    first, second = soft_prompts(llama, 32, 7)
+    sizes, caches, make = sizes_of_passes(llama, monkeypatch), [], batch.KVCache
+
+    def noted(*args):
+        caches.append(weakref.ref(cache := make(*args)))
+        return cache
+
+    monkeypatch.setattr(batch, "KVCache", noted)
+    ids = [5] * 6
+    prompts = [Tuned([*ids, 7], first)] * 9 + [Tuned(ids, second)] * 3
+    outputs = llama.outputs(prompts, 1, 0, n=2)
+    for _ in range(18 + 1):
+        next(outputs)
+    assert [cache() is None for cache in caches] == [True, False]
+    assert len(list(outputs)) == 5
+    assert sum(sizes) == 32 + 18 * 7 + 7 + 6 * 6
+    assert [cache() is None for cache in caches] == [True, True]
 
 
 def test_several_continuations_of_a_prompt_stand_side_by_side(tmp_path):
@@ -351,6 +415,9 @@ def test_a_rank_loads_in_the_memory_of_its_share(tmp_path, on_ranks):
         ([[5, 32000]], {}, "token id 32000 is outside"),
         ([[]], {}, "no token to start from"),
         (["ok", "word " * 80], {}, "prompt 2 .* no room"),
+        (["ok", Tuned("word " * 40, torch.ones(30, 64))], {}, "2 .* tuned prompt 30, .* no room"),
+        ([Tuned("ok", torch.ones(3, 8))], {}, r"\(num_virtual_tokens, 64\), not \(3, 8\)"),
+        ([Tuned([], None)], {}, "no token to start from"),
         (["ok"], {"top_p": 0}, "top_p"),  # see test_options.py
     ],
 )

@@ -140,9 +140,10 @@ def test_on_a_cpu_it_does_nothing_and_says_so(tmp_path, capsys):
 def test_every_script_hands_the_number_on(tmp_path):
     given = {"ckpt_dir": str(make_ckpt(tmp_path / "ckpt")), "offload": 3}
     given["tokenizer_path"] = str(TOKENIZERS["sentencepiece"][0])
+    torch.save({"prompt_embeddings": torch.ones(3, 64)}, tmp_path / "prompt.bin")
     calls = {
         example: GenerationOptions(**given),
-        example_ft: TunedGenerationOptions(**given, tuning_ckpt_path="nowhere"),
+        example_ft: TunedGenerationOptions(**given, tuning_ckpt_path=str(tmp_path / "prompt.bin")),
         ft_main: TuningOptions(
             **given, dataset_path="datasets/short_answers.json", output_dir=str(tmp_path / "out")
         ),

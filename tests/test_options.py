@@ -11,6 +11,7 @@ from llama.tuning.options import EvaluationOptions, TuningOptions
 NEEDED = {"ckpt_dir": "c", "tokenizer_path": "t"}
 GENERATION = GenerationOptions(**NEEDED)
 CHAT = GenerationOptions(**NEEDED, chat=True)
+TUNED = TunedGenerationOptions(**NEEDED, tuning_ckpt_path="p")
 TUNING = TuningOptions(**NEEDED, dataset_path="d", output_dir="o", max_seq_len=96)
 BAD = [
     (TUNING, "num_virtual_tokens", 96, "below --max_seq_len 96"),
@@ -58,6 +59,7 @@ BAD = [
     (GENERATION, "max_gen_len", 10**20, "no endless one"),
     (GENERATION, "max_batch_size", 0, "at least 1"),
     (GENERATION, "dtype", "int3", "one of float32, bfloat16, float16"),
+    (TUNED, "tuning_ckpt_path", None, "is needed, but where each row of --prompts_file"),
 ]
 
 

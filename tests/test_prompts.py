@@ -9,9 +9,9 @@ from conftest import TOKENIZERS, make_ckpt
 
 from llama import LLaMA, parallel
 from llama.cli import MemoryWatch
-from llama.options import GenerationOptions
+from llama.options import GenerationOptions, TunedGenerationOptions
 from llama.output import Timing
-from llama.prompts import SEPARATOR, complete, read_messages, read_prompts, read_requests, report
+from llama.prompts import SEPARATOR, complete, read_prompts, read_requests, report
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 
@@ -107,7 +107,31 @@ def test_json_holds_what_generate_gives(generator, capsys):
 def test_a_file_of_messages_without_any_is_named(tmp_path, content):
     (tmp_path / "m.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"m\.jsonl"):
-        read_messages(tmp_path / "m.jsonl")
+        read_requests(GenerationOptions(ckpt_dir="", messages_file=str(tmp_path / "m.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["prompts_file", "messages_file"])
+@pytest.mark.parametrize(
+    ("tuned", "own", "message"),
+    [
+        (True, {}, r'line 2: no "tuning_ckpt_path"; name one there, .* or give --tuning_ckpt_path'),
+        (True, {"tuning_ckpt_path": 7}, "line 2: .* must be a path or null, not 7"),
+        (True, {"tuning_ckpt_path": ""}, "line 2: .* must be a path or null, not ''"),
+        (False, {"tuning_ckpt_path": "x"}, "line 2: .* tuned prompt: example_ft.py takes it"),
+    ],
+)
+def test_a_row_whose_tuned_prompt_is_unclear_is_named(tmp_path, name, tuned, own, message):
+    prompt = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    rows = [prompt | {"tuning_ckpt_path": None}, prompt | own]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = TunedGenerationOptions if tuned else GenerationOptions
+    flags = options(ckpt_dir="", **{name: str(tmp_path / "p.jsonl")})
+    with pytest.raises(ValueError, match=message):
+        read_requests(flags)
+    with pytest.raises(ValueError, match=r'line 1: has a "tuning_ckpt_path": example_ft\.py'):
+        read_prompts(tmp_path / "p.jsonl")  # for convert_model.py, which takes one for all
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]))
+    assert [request.adapter for request in read_requests(flags)] == [None]
 
 
 def test_memory_of_cards_is_told_as_allocated_and_reserved(monkeypatch, capsys):

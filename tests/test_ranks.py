@@ -47,6 +47,14 @@ def for_text(folder: Path, n: int, models: list) -> dict:
     return {"models": models, "prompts": PROMPTS}
 
 
+def for_tuned(folder: Path, n: int) -> dict:
+    """The first model that for_text() cut, for programs.tuned_tokens()."""
+    return {
+        "model": [str(folder / "0"), str(TOKENIZERS[shapes_for(n)[0][0]][0])],
+        "prompts": PROMPTS,
+    }
+
+
 @functools.cache
 def quantised(folder: Path) -> dict:
     """Models of 8 and 4 bits in two shards, for programs.generated_tokens()."""
@@ -104,6 +112,7 @@ def answers(folder, any_format):  # noqa: F811
             asked["evaluated"] = (programs.evaluated, to_evaluate(folder))
         else:
             asked["gradient"] = (programs.gradient, for_gradient(here / "tuned", n, True))
+        asked["tuned"] = (programs.tuned_tokens, for_tuned(here / "text", n))
         asked["logits"] = (programs.logits, for_logits(here / "logits", n))
         calls = [(program.__name__, values) for program, values in asked.values()]
         result = run_program(here, n, programs.all_of, calls=calls)
@@ -121,6 +130,13 @@ def test_greedy_text_of_ranks_equals_hugging_face(tmp_path, answers, any_format,
     one = build(tmp_path, *shapes_for(n)[-1], max_batch_size=programs.MAX_BATCH_SIZE)
     alone = one.generate(PROMPTS, **programs.SAMPLING)
     assert sampled == [output.token for output in alone]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_soft_prompts_on_ranks_give_what_they_give_on_one(answers, folder, n):
+    expected = programs.tuned_tokens(**for_tuned(folder / f"{n}" / "text", n))
+    assert answers(n)["tuned"] == expected
+    assert expected[0] != expected[1] != expected[2]
 
 
 def test_quantised_ranks_write_what_one_writes(answers, folder):
