@@ -22,7 +22,7 @@ def main(flags: TunedGenerationOptions) -> None:
     requests = read_requests(flags, QUESTIONS)
     generator = LLaMA.build(
         *(flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size),
-        *(flags.dtype, flags.quantize, flags.offload),
+        *(flags.dtype, flags.quantize, flags.offload, flags.tensor_parallel),
     )
     generator.soft_prompt = load_soft_prompt(flags.tuning_ckpt_path, generator.model.args.dim)
     warn_of_another_model(flags.tuning_ckpt_path, generator.model)

@@ -121,7 +121,8 @@ def ways_to_fit(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
             break
     if plan.device.type != "cpu":  # on a CPU, ranks share what there is
         more = (n for n in valid_shard_counts(plan.ckpt.args) if n > plan.n)
-        found += [counted(n, "rank") for n in more if possible(plan.but(n=n))][:1]
+        each = " for each replica" * (parallel.n_replicas() > 1)
+        found += [f"{counted(n, 'rank')}{each}" for n in more if possible(plan.but(n=n))][:1]
     return found
 
 

@@ -240,6 +240,23 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
         return 1 - sum(self.lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
+def own_rows(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take from a batch of all replicas the rows of this one, padded to the longest of them.
+
+    One that has no row, as may be in the last batch, takes the first without anything to learn:
+    all replicas must go through the model together. Tensors are those of collate().
+    """
+    share = parallel.own_share()
+    if share.step == 1:
+        return batch
+    own = {name: tensor[share] for name, tensor in batch.items()}
+    if not len(own["labels"]):
+        own = {name: tensor[:1] for name, tensor in batch.items()}
+        own["labels"] = torch.full_like(own["labels"], IGNORE)
+    longest = int(own["attention_mask"].sum(dim=1).max())
+    return {name: tensor[:, :longest] for name, tensor in own.items()}
+
+
 def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
     """Make a batch of rows, padded on the right to the longest of them.
 
