@@ -55,9 +55,8 @@ def setup(tensor_parallel: int | None = None) -> torch.device:
     if tensor_parallel is not None and (tensor_parallel < 1 or size % tensor_parallel):
         divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise ValueError(
-            f"--tensor_parallel {tensor_parallel}: {size} ranks run, which do not divide into "
-            f"models of so many; give one of {divisors}, or run torchrun with another "
-            "--nproc_per_node"
+            f"--tensor_parallel {tensor_parallel}: the number of ranks of this run, {size}, does "
+            f"not divide by it; give one of {divisors}, or another --nproc_per_node to torchrun"
         )
     if _device is None:
         _device = _take_device()

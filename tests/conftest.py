@@ -33,7 +33,17 @@ torch.set_num_threads(1)
 
 
 # The files that take longest: begun first, the two processes of `make test` end at the same time.
-LONGEST = ["anywhere", "trainer", "ranks", "readme", "parallel", "smollm2", "attacks", "generation"]
+LONGEST = [
+    "anywhere",
+    "trainer",
+    "replicas",
+    "ranks",
+    "readme",
+    "parallel",
+    "smollm2",
+    "attacks",
+    "generation",
+]
 LONGEST += ["terminal", "chat", "scripts", "write", "vocabulary"]
 
 

@@ -240,21 +240,19 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
         return 1 - sum(self.lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
-def own_rows(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take from a batch of all replicas the rows of this one, padded to the longest of them.
+def own_rows(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Take from a batch of all replicas, as collate() makes it, the rows of this one.
 
-    One that has no row, as may be in the last batch, takes the first without anything to learn:
-    all replicas must go through the model together. Tensors are those of collate().
+    They are padded to the longest of them. Returns the first row and False where this replica has
+    none, as may be in the last batch: all replicas must go through their models together.
     """
     share = parallel.own_share()
     if share.step == 1:
-        return batch
-    own = {name: tensor[share] for name, tensor in batch.items()}
-    if not len(own["labels"]):
-        own = {name: tensor[:1] for name, tensor in batch.items()}
-        own["labels"] = torch.full_like(own["labels"], IGNORE)
-    longest = int(own["attention_mask"].sum(dim=1).max())
-    return {name: tensor[:, :longest] for name, tensor in own.items()}
+        return batch, True
+    rows = list(range(len(batch["labels"])))[share]
+    taken = rows or [0]
+    longest = int(batch["attention_mask"][taken].sum(dim=1).max())
+    return {name: tensor[taken, :longest] for name, tensor in batch.items()}, bool(rows)
 
 
 def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         **_: object,
     ) -> CausalLMOutput:
         """Return the mean loss of labelled tokens, or without labels the logits.

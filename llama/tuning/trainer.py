@@ -126,15 +126,16 @@ class PromptTrainer(transformers.Trainer):
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
     ) -> Any:
         """The loss of a batch, the rows of all replicas together. The Trainer calls this.
 
         It has counted the learned tokens of all rows. The backward pass is that of the own rows.
         """
         assert num_items_in_batch is not None
-        own = own_rows(inputs)
-        loss, outputs = super().compute_loss(model, own, True, num_items_in_batch)
+        own, has_any = own_rows(inputs)
+        count = num_items_in_batch if has_any else math.inf  # which makes a loss and gradient of 0
+        loss, outputs = super().compute_loss(model, own, True, count)
         parallel.sum_over_replicas(loss.detach())  # the same numbers, without the way back
         return (loss, outputs) if return_outputs else loss
 
