@@ -139,7 +139,8 @@ def replicas(ckpt_dir: str, tokenizer_path: str, runs: list[dict], generations: 
         common = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path}
         flags = GenerationOptions(**common, **options)
         requests = read_requests(flags)
-        generator = LLaMA.build(ckpt_dir, tokenizer_path, tensor_parallel=flags.tensor_parallel)
+        how = {"max_batch_size": flags.max_batch_size, "tensor_parallel": flags.tensor_parallel}
+        generator = LLaMA.build(ckpt_dir, tokenizer_path, **how)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             complete(generator, requests, flags)
         report(generator.timing, cli.MemoryWatch())

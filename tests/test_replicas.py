@@ -19,7 +19,7 @@ from llama.options import GenerationOptions
 from llama.prompts import read_requests
 from llama.tuning.options import TuningOptions
 
-PROMPTS = ["One", "Two words", "Three more words", "a " * 600, "Five", "Five"]  # one is too long
+PROMPTS = ["One", "Two words", "Three more words", "a " * 600, "Five", "Six"]  # one is too long
 GREEDY = {"temperature": 0.0, "max_gen_len": 8, "max_batch_size": 2, "n": 2, "json": True}
 SAMPLED = GREEDY | {"temperature": 1.0, "seed": 2**32 - 1, "n": 1}
 SINGLE = {"temperature": 0.0, "max_gen_len": 8, "prompt": "One"}
@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     rows = [{"instruction": f"Say {i}", "output": f"{i} " * (1 + i % 7)} for i in range(26)]
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    (folder / "twice.jsonl").write_text('"Twice"\n"Twice"\n')
     tune(folder, "one", **run_of(folder, 4))
     return folder
 
@@ -50,13 +51,14 @@ def on_replicas(folder: Path, n: int, tensor_parallel: int) -> list[str]:
     for source in (name, "one"):
         options = options_of(folder, f"{name}_from_{source}", **run, resume=True)
         runs.append(options | {"copy": str(folder / source / "checkpoint-5")})
-    file = {"prompts_file": str(folder / "prompts.jsonl")} | split
-    generations = [GREEDY | file, SAMPLED | file, SAMPLED | file, SINGLE | split]
+    file, twice = ({"prompts_file": str(folder / f"{x}.jsonl")} for x in ("prompts", "twice"))
+    generations = [GREEDY | file, SAMPLED | twice, SAMPLED | twice, SINGLE]
+    generations = [options | split for options in generations]
     given = {"ckpt_dir": str(folder / "ckpt1"), "tokenizer_path": str(PATH)}
     result = run_program(folder, n, programs.replicas, runs=runs, generations=generations, **given)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stderr.count("loaded in") == len(generations)
-    assert result.stderr.count("left out: prompt") == 3
+    assert result.stderr.count("left out: prompt") == 1
     return json.loads(result.stdout)
 
 
@@ -99,8 +101,7 @@ def test_replicas_share_the_prompts_and_print_in_their_order_what_one_prints(fol
     assert texts(greedy) == texts(printed_by_one(folder, GREEDY | file))
     assert single == printed_by_one(folder, SINGLE)
     assert texts(sampled) == texts(again)
-    assert [prompt for prompt, _ in texts(sampled)] == PROMPTS
-    assert texts(sampled)[4][1] != texts(sampled)[5][1]  # of the same prompt, by two replicas
+    assert len(set(texts(sampled))) == 2  # of the same prompt, by two replicas
 
 
 def test_a_shard_is_hashed_by_one_of_the_ranks_of_a_machine_that_read_it(tmp_path, monkeypatch):

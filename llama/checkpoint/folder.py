@@ -174,17 +174,14 @@ class Checkpoint(Source):
     def check_share(self, rank: int, n: int) -> None:
         """Raise ValueError where the parts that rank of n ranks reads are damaged by the manifest.
 
-        Some are checked by other ranks of the machine: where shards are cut, and where replicas of
-        the model read the same ones.
+        Where shards are cut, or several replicas read them, other ranks of the machine check some.
         """
         # A manifest means that we wrote the folder, so that rank r of n reads shard r of n alone.
-        to_check = [(rank, name) for name in self.shapes]
+        shards = [rank] * parallel.is_first_with_its_part() if self.n == n else range(self.n)
+        to_check = [(i, name) for i in shards for name in self.shapes]
         if self.n != n:
             # Each rank reads of every shard: the ranks of a machine share the checking.
-            everything = [(i, name) for i in range(self.n) for name in self.shapes]
-            to_check = everything[parallel.local_share()]
-        elif not parallel.is_first_with_its_part():
-            to_check = []
+            to_check = to_check[parallel.local_share()]
         self._check_parts(to_check)
 
     def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:

@@ -152,9 +152,10 @@ class PromptTrainer(transformers.Trainer):
             )
         if checkpoint is not None:
             if changed := differing(read_json(checkpoint / RUN), self.run_facts):
+                of_all = " (batch_size: of all replicas together)" * ("batch_size" in changed)
                 raise ValueError(
                     f"{checkpoint}: begun with another model, dataset or options ({changed}); give "
-                    f"those in its {RUN}, or begin anew in another folder"
+                    f"those in its {RUN}{of_all}, or begin anew in another folder"
                 )
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
