@@ -8,17 +8,14 @@ run, model_rank() and model_size() those of one model, replica() and n_replicas(
 import atexit
 import contextlib
 import json
-import math
 import os
 import pickle
-import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -357,45 +354,3 @@ def device_peaks() -> tuple[int, int]:
     if _device is None or _device.type != "cuda":
         return 0, 0
     return torch.cuda.max_memory_allocated(_device), torch.cuda.max_memory_reserved(_device)
-
-
-def free_host_memory(root: str = "/") -> float:
-    """What this machine, and each control group that this process is in, still gives; or infinite.
-
-    Pages of files count as free, since the kernel drops them when it needs the room.
-    """
-    found = [math.inf]
-    meminfo = _numbers(Path(root, "proc/meminfo"))
-    if "MemAvailable" in meminfo:
-        found.append(1024 * meminfo["MemAvailable"])
-    cgroups = Path(root, "proc/self/cgroup")
-    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
-        _, kinds, place = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        # Version 1 has a tree for each kind, version 2 (no kinds) one for all.
-        tree = Path(root, "sys/fs/cgroup", "memory" if kinds else "")
-        limit, used = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
-        own = tree / place.lstrip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(tree):
-                break
-            at_most, taken = (_number(folder / f"memory.{name}") for name in (limit, used))
-            if at_most < math.inf:
-                stat = _numbers(folder / "memory.stat")
-                total = "total_" if kinds else ""  # with the groups below it
-                files = sum(stat.get(f"{total}{x}_file", 0) for x in ("inactive", "active"))
-                found.append(max(at_most - taken + files, 0))
-    return min(found)
-
-
-def _number(path: Path) -> float:
-    """The number in a file; infinite for "max", and where there is no such file."""
-    text = path.read_text().strip() if path.is_file() else "max"
-    return int(text) if text.isdecimal() else math.inf
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """The names and numbers in a file's lines."""
-    text = path.read_text() if path.is_file() else ""
-    return {name: int(value) for name, value in re.findall(r"(?m)^([\w()]+):?\s+(\d+)", text)}
