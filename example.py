@@ -20,7 +20,7 @@ def main(flags: GenerationOptions) -> None:
     requests = read_requests(flags)
     generator = LLaMA.build(
         *(flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size),
-        *(flags.dtype, flags.quantize, flags.offload),
+        *(flags.dtype, flags.quantize, flags.offload, flags.tensor_parallel),
     )
     if flags.chat:
         talk(Chat(generator, template_of(generator), flags.system, **flags.sampling()))

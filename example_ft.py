@@ -28,11 +28,11 @@ def main(flags: TunedGenerationOptions) -> None:
 
     memory = cli.MemoryWatch(interval=0.05)
     requests = read_requests(flags, QUESTIONS)
-    parallel.setup()  # so that of ranks that fail one speaks
+    parallel.setup(flags.tensor_parallel)  # so that of ranks that fail one speaks
     adapters = load_adapters(flags, requests)
     generator = LLaMA.build(
         *(flags.ckpt_dir, flags.tokenizer_path, flags.max_seq_len, flags.max_batch_size),
-        *(flags.dtype, flags.quantize, flags.offload),
+        *(flags.dtype, flags.quantize, flags.offload, flags.tensor_parallel),
     )
     templates = {}
     for path, (_, trained_with) in adapters.items():

@@ -29,7 +29,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     """Load model and rows, train, save."""
     from llama import parallel
 
-    device = parallel.setup()  # before libraries that ask for cards
+    device = parallel.setup(flags.tensor_parallel)  # before libraries that ask for cards
     import transformers
 
     from llama.checkpoint.formats import open_pair
@@ -62,7 +62,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     dtype = parse_dtype(flags.dtype)
     plan = Plan(
         ckpt,
-        parallel.world_size(),
+        parallel.model_size(),
         dtype or ckpt.dtype,
         flags.batch_size,
         flags.max_seq_len,
@@ -99,7 +99,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     if parallel.rank() == 0:
         given = f" --tokenizer_path {flags.tokenizer_path}" if flags.tokenizer_path else ""
         print(
-            f"{out}: generate with it: torchrun --nproc_per_node {parallel.world_size()} "
+            f"{out}: generate with it: torchrun --nproc_per_node {parallel.model_size()} "
             f"example_ft.py --ckpt_dir {flags.ckpt_dir}{given} --tuning_ckpt_path {out}"
         )
 

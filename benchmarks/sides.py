@@ -118,7 +118,7 @@ def bare_collectives(model: Any, bsz: int) -> Callable[[], None]:
     from llama import parallel
     from llama.layers import sum_over_ranks
 
-    n, args, dtype = parallel.world_size(), model.args, model.norm.weight.dtype
+    n, args, dtype = parallel.model_size(), model.args, model.norm.weight.dtype
     state, token = torch.zeros(bsz, args.dim, dtype=dtype), torch.zeros(bsz, dtype=torch.long)
     parts = [torch.zeros(bsz, size // n, dtype=dtype) for size in (args.dim, args.vocab_size)]
     gathered = [[torch.zeros_like(part) for _ in range(n)] for part in parts]

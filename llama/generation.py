@@ -78,6 +78,7 @@ class LLaMA:
         dtype: str | None = None,
         quantize: str | None = None,
         offload: int = 0,
+        tensor_parallel: int | None = None,
     ) -> "LLaMA":
         """Load this rank's part of a checkpoint of any format, and the tokenizer.
 
@@ -86,7 +87,9 @@ class LLaMA:
         at most LONGEST_CONTEXT.
         dtype: float32, bfloat16 or float16; None takes what the checkpoint holds.
         quantize: int8 or int4, of the matrices; None leaves them as the checkpoint has them.
-        offload: layers whose weights stay in host memory until their turn. Raises
+        offload: layers whose weights stay in host memory until their turn.
+        tensor_parallel: the ranks that the model is split over, where there are several replicas of
+        it, each of which generates what it is given; None: all ranks. Raises
         FileNotFoundError or ValueError for files that are absent, damaged or do not fit together.
         """
         began = time.perf_counter()
@@ -94,7 +97,7 @@ class LLaMA:
         check_at_least(1, max_batch_size=max_batch_size)
         check_max_seq_len(max_seq_len)
         end_with_torchrun()
-        device = parallel.setup()
+        device = parallel.setup(tensor_parallel)
         ckpt, tokenizer = open_pair(ckpt_dir, tokenizer_path, quantize)
         chosen = (max_seq_len or 512, max_batch_size) != DEFAULTS
         made_for = ckpt.args.context_len or LONGEST_CONTEXT
@@ -104,7 +107,7 @@ class LLaMA:
             say(f"--max_seq_len {max_seq_len}: {ckpt_dir} was made for {made_for} tokens at most")
         rows = (max_batch_size, max_seq_len)
         plan = Plan(
-            ckpt, parallel.world_size(), wanted or ckpt.dtype, *rows, device, ckpt.quantize, offload
+            ckpt, parallel.model_size(), wanted or ckpt.dtype, *rows, device, ckpt.quantize, offload
         )
         check_generation(plan, chosen)
         model = load_model(ckpt, device, wanted, offload)
@@ -365,7 +368,7 @@ def load_model(
     """
     away = layers_to_offload(ckpt.args.n_layers, offload, device)
     names_away = tuple(f"layers.{i}." for i in away)
-    parts = ckpt.load(parallel.rank(), parallel.world_size(), dtype)
+    parts = ckpt.load(parallel.model_rank(), parallel.model_size(), dtype)
     bar = progress_bar("loading", len(ckpt.shapes), "weight", items=parts)
     model, weights = Transformer(ckpt.args), {}
     for name, part in bar:

@@ -3,8 +3,10 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,7 +34,7 @@ class Free:
     @classmethod
     def now(cls, device: torch.device) -> "Free":
         """The least that any rank has. Called by all ranks, before any of them loads."""
-        host = parallel.free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        host = free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         on_card = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
         return cls(*map(min, zip(*parallel.gather_objects((on_card, host)))))
 
@@ -121,7 +123,8 @@ def ways_to_fit(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
             break
     if plan.device.type != "cpu":  # on a CPU, ranks share what there is
         more = (n for n in valid_shard_counts(plan.ckpt.args) if n > plan.n)
-        found += [counted(n, "rank") for n in more if possible(plan.but(n=n))][:1]
+        each = " for each replica" * (parallel.n_replicas() > 1)
+        found += [f"{counted(n, 'rank')}{each}" for n in more if possible(plan.but(n=n))][:1]
     return found
 
 
@@ -210,9 +213,7 @@ def table(
     }
     needs["in all"] = [sum(of_one) for of_one in zip(*needs.values())]
     lines += [row(name, *map(_mb, of_each)) for name, of_each in needs.items()]
-    free = (
-        torch.cuda.mem_get_info()[0] if device.type == "cuda" else parallel.free_host_memory() / n
-    )
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_host_memory() / n
     lines.append(row("free here for each", *[_mb(free)] * 3))
     work = f"{max_batch_size} rows of {max_seq_len} tokens at once"
     lines.append(f"for {work}; tuning: a prompt of {tuning.num_virtual_tokens}, all others learned")
@@ -226,3 +227,45 @@ def table(
 def _mb(n_bytes: float) -> str:
     """A size in megabytes, for people."""
     return f"{n_bytes / 1e6:,.0f}"
+
+
+def free_host_memory(root: str = "/") -> float:
+    """What this machine, and each control group that this process is in, still gives; or infinite.
+
+    Pages of files count as free, since the kernel drops them when it needs the room.
+    """
+    found = [math.inf]
+    meminfo = _numbers(Path(root, "proc/meminfo"))
+    if "MemAvailable" in meminfo:
+        found.append(1024 * meminfo["MemAvailable"])
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, kinds, place = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        # Version 1 has a tree for each kind, version 2 (no kinds) one for all.
+        tree = Path(root, "sys/fs/cgroup", "memory" if kinds else "")
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
+        own = tree / place.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(tree):
+                break
+            at_most, taken = (_number(folder / f"memory.{name}") for name in (limit, used))
+            if at_most < math.inf:
+                stat = _numbers(folder / "memory.stat")
+                total = "total_" if kinds else ""  # with the groups below it
+                files = sum(stat.get(f"{total}{x}_file", 0) for x in ("inactive", "active"))
+                found.append(max(at_most - taken + files, 0))
+    return min(found)
+
+
+def _number(path: Path) -> float:
+    """The number in a file; infinite for "max", and where there is no such file."""
+    text = path.read_text().strip() if path.is_file() else "max"
+    return int(text) if text.isdecimal() else math.inf
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The names and numbers in a file's lines."""
+    text = path.read_text() if path.is_file() else ""
+    return {name: int(value) for name, value in re.findall(r"(?m)^([\w()]+):?\s+(\d+)", text)}

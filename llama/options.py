@@ -106,6 +106,8 @@ class GenerationOptions(SamplingParams):
         quantize: int8 or int4: hold the matrices in 8 or 4 bits, rounded while they are loaded;
             by default as the checkpoint has them.
         offload: layers whose weights stay in host memory, and come to the card when needed.
+        tensor_parallel: ranks that the model is split over; by default all. With fewer, the ranks
+            hold several replicas of it, which share the prompts.
     """
 
     ckpt_dir: str
@@ -124,6 +126,7 @@ class GenerationOptions(SamplingParams):
     dtype: str | None = None
     quantize: str | None = None
     offload: int = 0
+    tensor_parallel: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,18 +1,21 @@
-"""The ranks of a run: process group, device, backend, what they tell each other, how they end."""
+"""The ranks of a run: groups, device, backend, what they tell each other, how they end.
+
+A model is split over ranks that follow each other: over all, or over so many as --tensor_parallel
+says. Then there are several models, the replicas. rank() and world_size() count the ranks of the
+run, model_rank() and model_size() those of one model, replica() and n_replicas() the models.
+"""
 
 import atexit
 import contextlib
 import json
-import math
 import os
-import re
+import pickle
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,21 +28,33 @@ _TORCHRUN = (
 )
 
 PATIENCE = timedelta(minutes=1)  # after which a rank that waits says for what
+FOREVER = timedelta(days=365)  # where a rank that ends is noticed otherwise: torchrun ends all
 
 _device: torch.device | None = None
 _store: dist.Store | None = None
+_data_group: dist.ProcessGroup | None = None  # of the ranks with the same part, if several have
 _n_given = 0  # what from_rank_0() has given so far
+_n_merged = 0  # how often merged() was called
 _n_met = 0  # how often ranks have met
 
 
-def setup() -> torch.device:
+def setup(tensor_parallel: int | None = None) -> torch.device:
     """Join torchrun's process group, or make one of a single rank; return this rank's device.
 
-    nccl and one card a rank where there are cards, else gloo on the CPU. A second call changes
-    nothing. Before anything that may ask for cards is imported, as transformers and PEFT are.
-    Raises ValueError when a node has fewer cards than ranks, or only some have any.
+    nccl and one card a rank where there are cards, else gloo on the CPU. tensor_parallel: the ranks
+    that one model is split over; None: all. A second call changes nothing. Before anything that may
+    ask for cards is imported, as transformers and PEFT are.
+    Raises ValueError when a node has fewer cards than ranks, or only some have any, and for ranks
+    that cannot be shared out so.
     """
     global _device, _store
+    size = world_size()
+    if tensor_parallel is not None and (tensor_parallel < 1 or size % tensor_parallel):
+        divisors = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(
+            f"--tensor_parallel {tensor_parallel}: the number of ranks of this run, {size}, does "
+            f"not divide by it; give one of {divisors}, or another --nproc_per_node to torchrun"
+        )
     if _device is None:
         _device = _take_device()
         if "RANK" in os.environ:
@@ -54,10 +69,30 @@ def setup() -> torch.device:
         dist.init_process_group(backend, device_id=card, **group)
         # gloo's threads must end before the interpreter does, or they abort it.
         atexit.register(leave)
-        # All ranks are one model's. fairscale's own set-up would connect the same ranks once more,
-        # and each rank with itself, and every nccl connection takes memory of a card.
-        mpu._MODEL_PARALLEL_GROUP = dist.group.WORLD
+        _make_groups(size, tensor_parallel or size)
+    elif tensor_parallel not in (None, model_size()):
+        raise ValueError(
+            f"--tensor_parallel {tensor_parallel}: models have {model_size()} ranks in this run"
+        )
     return _device
+
+
+def _make_groups(size: int, n: int) -> None:
+    """Connect the n ranks of each model, and the ranks that have the same part of their models.
+
+    fairscale's own set-up would connect the same ranks several times, and each rank with itself,
+    and every nccl connection takes memory of a card.
+    """
+    global _data_group
+    everyone = dist.group.WORLD
+    mpu._MODEL_PARALLEL_GROUP = everyone
+    if n == size:
+        return
+    models = [list(range(first, first + n)) for first in range(0, size, n)]
+    same_part = [list(ranks) for ranks in zip(*models)]
+    make, timeout = dist.new_subgroups_by_enumeration, _timeout()
+    mpu._MODEL_PARALLEL_GROUP, _ = make(models, timeout=timeout)
+    _data_group = everyone if n == 1 else make(same_part, timeout=timeout)[0]
 
 
 def _timeout() -> timedelta:
@@ -148,8 +183,9 @@ def _take_device() -> torch.device:
 
 def leave() -> None:
     """Leave the process group, if there is one; done at the end of every program that joined it."""
+    global _data_group
     if dist.is_initialized():
-        mpu._MODEL_PARALLEL_GROUP = None
+        mpu._MODEL_PARALLEL_GROUP = _data_group = None
         dist.destroy_process_group()
 
 
@@ -196,9 +232,40 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def model_size() -> int:
+    """The number of ranks that each model is split over."""
+    group = mpu._MODEL_PARALLEL_GROUP
+    return world_size() if group is None else dist.get_world_size(group)
+
+
+def model_rank() -> int:
+    """Which of its model's ranks this one is."""
+    return rank() % model_size()
+
+
+def n_replicas() -> int:
+    """The number of models."""
+    return world_size() // model_size()
+
+
+def replica() -> int:
+    """Which of the models this rank belongs to."""
+    return rank() // model_size()
+
+
+def own_share() -> slice:
+    """Of a list of things that the replicas share, those that this one does: every n-th."""
+    return slice(replica(), None, n_replicas())
+
+
 def reads_own_part_of(n: int) -> bool:
-    """Whether n ranks run, on several machines: each then reads one of n shards alone."""
-    return world_size() == n > int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    """Whether a model's n ranks are on several machines: each then reads one of n shards alone."""
+    return model_size() == n > int(os.environ.get("LOCAL_WORLD_SIZE", n))
+
+
+def is_first_with_its_part() -> bool:
+    """Whether no rank before this one on this machine has the same part of a model."""
+    return int(os.environ.get("LOCAL_RANK", 0)) < model_size()
 
 
 def local_share() -> slice:
@@ -213,6 +280,42 @@ def gather_objects(value: object) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast_in_model(x: torch.Tensor) -> None:
+    """Give x, as the first rank of this model has it, to the others of them."""
+    if model_size() > 1:
+        dist.broadcast(x, group=mpu.get_model_parallel_group(), group_src=0)
+
+
+def sum_over_replicas(x: torch.Tensor) -> torch.Tensor:
+    """Add up x, which is contiguous, over the replicas, in place; return it."""
+    if _data_group is not None:
+        dist.all_reduce(x, group=_data_group)
+    return x
+
+
+def merged(n: int, own: Iterable[tuple[int, Any]]) -> Iterator[Any]:
+    """Give n values in their order, on every rank; each replica makes some. To be read to the end.
+
+    own: this replica's, each with its place. They are made without waiting for the others; in
+    between comes what has come so far, without a gap, of all.
+    """
+    global _n_merged
+    if _store is None or n_replicas() == 1:
+        yield from (value for _, value in own)
+        return
+    _n_merged += 1
+    keys, given = [f"llama/merged/{_n_merged}/{place}" for place in range(n)], 0
+    for place, value in own:
+        if model_rank() == 0:
+            _store.set(keys[place], pickle.dumps(value))  # type: ignore[arg-type]
+        while given < n and _store.check([keys[given]]):
+            yield pickle.loads(_store.get(keys[given]))
+            given += 1
+    for key in keys[given:]:
+        _store.wait([key], FOREVER)
+        yield pickle.loads(_store.get(key))
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
@@ -232,7 +335,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         except ValueError as error:
             given = {"error": str(error)}
         _store.set(key, json.dumps(given))
-    _store.wait([key], timedelta(days=365))  # of a user's thinking
+    _store.wait([key], FOREVER)  # a user may think for long
     given = json.loads(_store.get(key))
     if "error" in given:
         raise ValueError(given["error"])
@@ -251,45 +354,3 @@ def device_peaks() -> tuple[int, int]:
     if _device is None or _device.type != "cuda":
         return 0, 0
     return torch.cuda.max_memory_allocated(_device), torch.cuda.max_memory_reserved(_device)
-
-
-def free_host_memory(root: str = "/") -> float:
-    """What this machine, and each control group that this process is in, still gives; or infinite.
-
-    Pages of files count as free, since the kernel drops them when it needs the room.
-    """
-    found = [math.inf]
-    meminfo = _numbers(Path(root, "proc/meminfo"))
-    if "MemAvailable" in meminfo:
-        found.append(1024 * meminfo["MemAvailable"])
-    cgroups = Path(root, "proc/self/cgroup")
-    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
-        _, kinds, place = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        # Version 1 has a tree for each kind, version 2 (no kinds) one for all.
-        tree = Path(root, "sys/fs/cgroup", "memory" if kinds else "")
-        limit, used = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
-        own = tree / place.lstrip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(tree):
-                break
-            at_most, taken = (_number(folder / f"memory.{name}") for name in (limit, used))
-            if at_most < math.inf:
-                stat = _numbers(folder / "memory.stat")
-                total = "total_" if kinds else ""  # with the groups below it
-                files = sum(stat.get(f"{total}{x}_file", 0) for x in ("inactive", "active"))
-                found.append(max(at_most - taken + files, 0))
-    return min(found)
-
-
-def _number(path: Path) -> float:
-    """The number in a file; infinite for "max", and where there is no such file."""
-    text = path.read_text().strip() if path.is_file() else "max"
-    return int(text) if text.isdecimal() else math.inf
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """The names and numbers in a file's lines."""
-    text = path.read_text() if path.is_file() else ""
-    return {name: int(value) for name, value in re.findall(r"(?m)^([\w()]+):?\s+(\d+)", text)}

@@ -46,6 +46,13 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
     Raises FileNotFoundError, and ValueError with the file and the line's number.
     """
     if flags.chat:
+        parallel.setup(flags.tensor_parallel)
+        if parallel.n_replicas() > 1:
+            raise ValueError(
+                f"--chat with {parallel.n_replicas()} replicas: one conversation has use for one; "
+                f"run torchrun with --nproc_per_node {flags.tensor_parallel}, or leave out "
+                "--tensor_parallel"
+            )
         return []
     if flags.messages_file is not None:
         requests = _read(Path(flags.messages_file), "messages")
@@ -55,7 +62,7 @@ def read_requests(flags: GenerationOptions, examples: Path | None = None) -> lis
     else:
         prompt = flags.prompt
         if prompt == "-":
-            parallel.setup()  # rank 0 alone reads
+            parallel.setup(flags.tensor_parallel)  # rank 0 alone reads
             prompt = parallel.from_rank_0(read_stdin)
         prompt = check_text("--prompt", "prompt", prompt)
         requests = [Request({"prompt": prompt}, "--prompt")]
@@ -142,19 +149,29 @@ def complete(generator: LLaMA, requests: list[Request], flags: GenerationOptions
     if not ready:
         raise ValueError("no prompt is left to continue")
     if flags.json or len(requests) > 1 or flags.n > 1:
-        outputs = generator.outputs(ready, **flags.sampling())
+        outputs = _by_replicas(generator, ready, flags)
         with TokenBar(generator.timing):
             for request in requests:
                 # One that is left out has one line too, so that all are in the prompts' order.
                 for _ in range(1 if request.error else flags.n):
                     _print(request, None if request.error else next(outputs), flags)
-    else:
+    elif parallel.replica() == 0:  # the others wait in report()
         stream = generator.stream(ready[0], **flags.sampling())
         show(requests[0].text)
         for piece in stream:
             show(piece)
         show(SEPARATOR)
         _tell_if_cut(requests[0], stream.output, flags)
+
+
+def _by_replicas(generator: LLaMA, prompts: list, flags: GenerationOptions) -> Iterator[Output]:
+    """Give the outputs of prompts, in their order, on every rank; replicas share the prompts."""
+    share, params = parallel.own_share(), flags.sampling()
+    if params["seed"] is not None:  # each draws other numbers, and in every run the same
+        params["seed"] = (params["seed"] + parallel.replica()) % 2**32
+    own = generator.outputs(prompts[share], **params) if prompts[share] else iter(())
+    places = [i * flags.n + j for i in range(len(prompts))[share] for j in range(flags.n)]
+    return parallel.merged(len(prompts) * flags.n, zip(places, own))
 
 
 def template_of(generator: LLaMA) -> ChatTemplate:
@@ -254,9 +271,16 @@ class TokenBar(threading.Thread):
 
 
 def report(timing: Timing, memory: MemoryWatch) -> None:
-    """Say on stderr what a run took: seconds, tokens a second, and each rank's peak memory."""
+    """Say on stderr what a run took: seconds, tokens a second, and each rank's peak memory.
+
+    Replicas work at the same time: their tokens are added up, and the slowest one's seconds count.
+    """
     allocated, reserved = parallel.device_peaks()
     ranks = parallel.gather_objects((allocated or memory.peak, reserved))
+    if parallel.n_replicas() > 1:
+        timings = parallel.gather_objects(timing)[:: parallel.model_size()]
+        of_all: Any = {name: [getattr(x, name) for x in timings] for name in vars(timing)}
+        timing = Timing(**{x: (sum if "tokens" in x else max)(of_all[x]) for x in of_all})
 
     def rate(tokens: int, seconds: float) -> str:
         return f"{tokens} tokens, {tokens / seconds:.1f} a second" if tokens else "nothing"

@@ -1,9 +1,8 @@
-"""The next token: chosen from logits on rank 0, and the same on every rank."""
+"""The next token: chosen from logits on a model's first rank, and the same on all its ranks."""
 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from llama import parallel
 from llama.options import SamplingParams
@@ -15,8 +14,8 @@ INTERRUPTED = -2  # in place of all: rank 0 was asked to stop here
 class Sampler:
     """Chooses the next ids of the rows at work, which come and go with add() and keep().
 
-    generator: of random numbers, on the device of the logits. interrupted: asked on rank 0 before
-    each choice, whether to end all rows here.
+    generator: of random numbers, on the device of the logits. interrupted: asked on the model's
+    first rank before each choice, whether to end all rows here.
     """
 
     def __init__(
@@ -48,13 +47,12 @@ class Sampler:
         BROKEN for a row with a logit that is NaN or infinite, INTERRUPTED for all if asked to.
         """
         ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        if parallel.rank() == 0:
+        if parallel.model_rank() == 0:
             broken = ~logits.sum(dim=-1).isfinite()  # (bsz,)
             ids.copy_(self._choose(logits, broken).masked_fill(broken, BROKEN))
             if self.interrupted():
                 ids.fill_(INTERRUPTED)
-        if parallel.world_size() > 1:
-            dist.broadcast(ids, src=0)
+        parallel.broadcast_in_model(ids)
         return ids
 
     def _choose(self, logits: torch.Tensor, broken: torch.Tensor) -> torch.Tensor:

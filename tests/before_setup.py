@@ -28,7 +28,7 @@ def note_library(event: str, args: tuple) -> None:
         note(f"loads {args[0]}")
 
 
-def stop() -> None:
+def stop(*_: object) -> None:
     """Take the place of parallel.setup()."""
     raise ValueError("setup")
 

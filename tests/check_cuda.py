@@ -35,8 +35,8 @@ from llama.checkpoint.quantized import quantized
 from llama.generation import LLaMA, load_model
 from llama.model import Transformer
 from llama.output import Tuned
-from llama.tuning.data import collate
-from llama.tuning.model import add_soft_prompt, soft_prompt_of
+from llama.tuning.data import collate, own_rows
+from llama.tuning.model import add_soft_prompt, encoder_of
 from llama.tuning.options import TuningOptions
 from llama.tuning.trainer import training_arguments
 
@@ -326,16 +326,22 @@ def test_what_would_go_wrong_on_cards_is_found(monkeypatch, n, put_in, message):
 
 
 def tune_in_all_ways(
-    rank: int, n: int, dtype: torch.dtype, n_kv_heads: int, recomputed: str
+    rank: int,
+    n: int,
+    dtype: torch.dtype,
+    n_kv_heads: int,
+    recomputed: str,
+    split: int | None = None,
 ) -> list:
     """Tune as a rank, the Trainer's own steps; its collectives."""
     source = Described(TINY | {"n_kv_heads": n_kv_heads}, dtype)
-    with pretended(rank, n) as watcher:
+    with pretended(rank, n, split) as watcher:
         transformer = load_model(source, CARD)
         transformer.gradient_checkpointing = recomputed == "layers"
         transformer.recompute_ffn = recomputed == "FFNs"
-        tuned = add_soft_prompt(transformer, 4, [1, 2, 3], "nowhere")
-        prompt = soft_prompt_of(tuned)
+        method = "residual" if split else "prompt"  # sums the gradients of matrices too
+        tuned = add_soft_prompt(transformer, 4, [1, 2, 3], "nowhere", method)
+        prompt = next(encoder_of(tuned).parameters())
         optimizer = torch.optim.AdamW([prompt], fused=True)  # the Trainer's default
         ids = [torch.ones(length, dtype=torch.int32) for length in (9, 6)]
         rows = [{"input_ids": x, "labels": x} for x in ids]
@@ -343,7 +349,7 @@ def tune_in_all_ways(
         watcher.restart()
         # two batches of one step, of numbers of tokens that are given or not
         for watcher.padded_left, count in ((False, None), (True, torch.tensor(5, device=CARD))):
-            loss = tuned(**batch, num_items_in_batch=count).loss
+            loss = tuned(**own_rows(batch)[0], num_items_in_batch=count).loss
             assert (loss.device, loss.dtype) == (CARD, torch.float32)
             loss.backward()
         torch.nn.utils.clip_grad_norm_([prompt], 1.0)
@@ -360,17 +366,19 @@ def tune_in_all_ways(
 
 
 @pytest.mark.parametrize(
-    ("n", "dtype", "n_kv_heads", "recomputed"),
+    ("n", "dtype", "n_kv_heads", "recomputed", "split"),
     [
-        (1, torch.bfloat16, 2, "nothing"),
-        (2, torch.float16, 2, "FFNs"),
-        (2, torch.float32, 8, "layers"),
-        (4, torch.float16, 2, "layers"),
-        (4, torch.bfloat16, 8, "FFNs"),
+        (1, torch.bfloat16, 2, "nothing", None),
+        (2, torch.float16, 2, "FFNs", None),
+        (2, torch.float16, 2, "FFNs", 1),
+        (2, torch.float32, 8, "layers", None),
+        (4, torch.float16, 2, "layers", None),
+        (4, torch.float16, 2, "layers", 2),
+        (4, torch.bfloat16, 8, "FFNs", None),
     ],
 )
-def test_tuning_stays_on_the_card(n, dtype, n_kv_heads, recomputed):
-    on_all_ranks(n, tune_in_all_ways, dtype, n_kv_heads, recomputed)
+def test_tuning_stays_on_the_card(n, dtype, n_kv_heads, recomputed, split):
+    on_all_ranks(n, tune_in_all_ways, dtype, n_kv_heads, recomputed, split)
 
 
 # -- memory ------------------------------------------------------------------------------------

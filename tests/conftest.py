@@ -33,8 +33,8 @@ torch.set_num_threads(1)
 
 
 # The files that take longest: begun first, the two processes of `make test` end at the same time.
-LONGEST = ["anywhere", "trainer", "ranks", "readme", "parallel", "smollm2", "attacks", "generation"]
-LONGEST += ["terminal", "chat", "scripts", "write", "vocabulary"]
+LONGEST = ["anywhere", "trainer", "replicas", "ranks", "readme", "parallel", "smollm2", "attacks"]
+LONGEST += ["generation", "terminal", "chat", "scripts", "write", "vocabulary"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

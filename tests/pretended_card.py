@@ -292,9 +292,9 @@ class FusedRmsNorm(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
-def rms_norm(x, shape, weight, eps):
+def rms_norm(x, shape, weight=None, eps=None):
     """F.rms_norm on a card; the real one refuses what is on another device."""
-    if {x.device, weight.device} == {CARD} and x.dtype == weight.dtype:
+    if weight is not None and {x.device, weight.device} == {CARD} and x.dtype == weight.dtype:
         return FusedRmsNorm.apply(x, weight)
     return aten.rms_norm(x, shape, weight, eps)
 
@@ -339,6 +339,7 @@ def rank_of_run(
     driver: Driver,
     read_before: bool = False,
     others: str = "a card (another)",
+    tensor_parallel: int | None = None,
     **variables: object,
 ) -> Iterator[types.SimpleNamespace]:
     """Run parallel.setup() as a rank; yields its device and what the process group was told.
@@ -369,7 +370,7 @@ def rank_of_run(
         if read_before:
             driver.count()
         try:
-            found.device = parallel.setup()
+            found.device = parallel.setup(tensor_parallel)
             found.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             yield found
         finally:
@@ -377,10 +378,11 @@ def rank_of_run(
 
 
 @contextlib.contextmanager
-def pretended(rank: int, world: int) -> Iterator[Watcher]:
+def pretended(rank: int, world: int, tensor_parallel: int | None = None) -> Iterator[Watcher]:
     """Work as a rank whose tensors are fake and whose card is CARD; yields what watches it."""
     watcher = Watcher()
-    with rank_of_run(rank, world, Driver(world)), pytest.MonkeyPatch.context() as patch:
+    run = rank_of_run(rank, world, Driver(world), tensor_parallel=tensor_parallel)
+    with run, pytest.MonkeyPatch.context() as patch:
         wait = lambda device: watcher.waits.update({("all", "parallel.now"): 1})  # noqa: E731
         patch.setattr(torch.cuda, "synchronize", wait)
         # FakeTensorMode would believe in the cards

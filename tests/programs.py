@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from datetime import timedelta
@@ -19,8 +20,8 @@ from llama import LLaMA, Tuned, cli, parallel
 from llama.cache import KVCache
 from llama.checkpoint.formats import open_any
 from llama.generation import load_model
-from llama.options import SamplingParams
-from llama.prompts import read_prompts
+from llama.options import GenerationOptions, SamplingParams
+from llama.prompts import complete, read_prompts, read_requests, report
 from llama.sampling import Sampler
 
 
@@ -131,6 +132,37 @@ def evaluated(**options) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluate.main(EvaluationOptions(**options))
     return printed.getvalue()
+
+
+def replicas(ckpt_dir: str, tokenizer_path: str, runs: list[dict], generations: list) -> list[str]:
+    """Tune and generate, by replicas of a model; what each generation prints, on this rank.
+
+    runs: options of ft_main.py; with "copy", a checkpoint's folder that the run is to begin from.
+    generations: options of example.py.
+    """
+    import ft_main
+    from llama.tuning.options import TuningOptions
+
+    printed = []
+    for options in generations:
+        common = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path}
+        flags = GenerationOptions(**common, **options)
+        requests = read_requests(flags)
+        how = {"max_batch_size": flags.max_batch_size, "tensor_parallel": flags.tensor_parallel}
+        generator = LLaMA.build(ckpt_dir, tokenizer_path, **how)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            complete(generator, requests, flags)
+        report(generator.timing, cli.MemoryWatch())
+        printed.append(out.getvalue())
+    for options in runs:
+        copied = options.pop("copy", None)
+        if copied and parallel.rank() == 0:
+            shutil.copytree(copied, Path(options["output_dir"], Path(copied).name))
+        if copied:
+            dist.barrier()
+        with contextlib.redirect_stdout(io.StringIO()):
+            ft_main.main(TuningOptions(**options))
+    return printed
 
 
 def all_of(calls: list) -> list:

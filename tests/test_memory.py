@@ -213,9 +213,9 @@ def test_free_memory_is_what_machine_and_control_groups_leave(tmp_path, version)
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert parallel.free_host_memory(tmp_path) == 5000000 - 4000000 + 750000
+    assert memory.free_host_memory(tmp_path) == 5000000 - 4000000 + 750000
     (group / f"memory.{limit}").write_text("max\n" if version == 2 else "9223372036854771712\n")
-    assert parallel.free_host_memory(tmp_path) == 8000 * 1024
+    assert memory.free_host_memory(tmp_path) == 8000 * 1024
 
 
 def test_dry_run_shows_what_is_written_and_what_generation_and_tuning_need(tmp_path, capsys):

@@ -174,14 +174,14 @@ class Checkpoint(Source):
     def check_share(self, rank: int, n: int) -> None:
         """Raise ValueError where the parts that rank of n ranks reads are damaged by the manifest.
 
-        Where shards are cut, some are checked by the other ranks of the machine.
+        Where shards are cut, or several replicas read them, other ranks of the machine check some.
         """
         # A manifest means that we wrote the folder, so that rank r of n reads shard r of n alone.
-        to_check = [(rank, name) for name in self.shapes]
+        shards = [rank] * parallel.is_first_with_its_part() if self.n == n else range(self.n)
+        to_check = [(i, name) for i in shards for name in self.shapes]
         if self.n != n:
             # Each rank reads of every shard: the ranks of a machine share the checking.
-            everything = [(i, name) for i in range(self.n) for name in self.shapes]
-            to_check = everything[parallel.local_share()]
+            to_check = to_check[parallel.local_share()]
         self._check_parts(to_check)
 
     def work_to_save(self, n: int, dtype: torch.dtype | None) -> str:
@@ -378,7 +378,7 @@ def _find_shards(ckpt_dir: Path, manifest: Manifest | None) -> list[Path]:
     listed = manifest.shards.keys() if manifest else set()
     paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(listed))]
     if found < listed == {path.name for path in paths} and parallel.reads_own_part_of(len(paths)):
-        if (own := paths[parallel.rank()]).is_file():
+        if (own := paths[parallel.model_rank()]).is_file():
             return paths
         raise FileNotFoundError(f"{own}: rank {parallel.rank()} reads it; copy it here")
     paths = [ckpt_dir / shard_name(i, prefix) for i in range(len(found))]

@@ -240,6 +240,21 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
         return 1 - sum(self.lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
+def own_rows(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Take from a batch of all replicas, as collate() makes it, the rows of this one.
+
+    They are padded to the longest of them. Returns the first row and False where this replica has
+    none, as may be in the last batch: all replicas must go through their models together.
+    """
+    share = parallel.own_share()
+    if share.step == 1:
+        return batch, True
+    rows = list(range(len(batch["labels"])))[share]
+    taken = rows or [0]
+    longest = int(batch["attention_mask"][taken].sum(dim=1).max())
+    return {name: tensor[taken, :longest] for name, tensor in batch.items()}, bool(rows)
+
+
 def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
     """Make a batch of rows, padded on the right to the longest of them.
 

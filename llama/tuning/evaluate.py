@@ -152,7 +152,7 @@ def build(
     most_learned = sorted(column(rows, "n_learned"))[-bsz:]
     plan = Plan(
         ckpt,
-        parallel.world_size(),
+        parallel.model_size(),
         dtype or ckpt.dtype,
         bsz,
         min(flags.max_seq_len, virtual + max(column(rows, "length")) + max_gen_len),

@@ -35,7 +35,7 @@ class LlamaForPromptTuning(transformers.PreTrainedModel, transformers.Generation
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         **_: object,
     ) -> CausalLMOutput:
         """Return the mean loss of labelled tokens, or without labels the logits.
@@ -90,7 +90,10 @@ def add_soft_prompt(
         # float16 has no room for small gradients: they pass through the model enlarged.
         scale = model.get_base_model().gradient_scale = 1024.0
     for trained in encoder_of(model).parameters():
-        trained.register_hook(lambda gradient: gradient / scale)
+        # Of each batch, before it is added to those of earlier ones: the replicas' rows together.
+        trained.register_hook(
+            lambda gradient: parallel.sum_over_replicas((gradient / scale).contiguous())
+        )
         if parallel.world_size() > 1:
             # All ranks have the same gradient; where their cards round apart, rank 0's holds.
             trained.register_post_accumulate_grad_hook(_take_from_rank_0)

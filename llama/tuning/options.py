@@ -66,7 +66,7 @@ class TuningOptions:
         num_virtual_tokens: length of the prompt.
         num_epochs: passes over the data.
         max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
-        batch_size: rows a batch, the same ones on every rank.
+        batch_size: rows a batch, of each replica of the model.
         gradient_accumulation_steps: batches whose gradients add up to one step.
         lr: highest learning rate.
         warmup_steps: steps over which the learning rate rises.
@@ -88,6 +88,8 @@ class TuningOptions:
         quantize: int8 or int4: hold the model's matrices in 8 or 4 bits; the prompt is not.
         offload: layers whose weights stay in host memory, and come to the card when needed; what
             they compute is computed twice.
+        tensor_parallel: ranks that the model is split over; by default all. With fewer, the ranks
+            hold several replicas of it, which share the rows of each batch.
     """
 
     ckpt_dir: str
@@ -120,6 +122,7 @@ class TuningOptions:
     dtype: str | None = None
     quantize: str | None = option(None, must_stay=True)
     offload: int = option(0, at_least=0)
+    tensor_parallel: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the flag, for what a run cannot be trained with."""

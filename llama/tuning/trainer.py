@@ -1,9 +1,11 @@
 """Training of a soft prompt: the Trainer on every rank, checkpoints, what a resumed run checks."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sized
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -27,7 +29,7 @@ from llama.files import (
 )
 from llama.tokenizer import TEMPLATE
 from llama.tuning.adapter import BASE, base_model_facts, differing, save_adapter
-from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column
+from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column, own_rows
 from llama.tuning.model import encoder_of, soft_prompt_of
 from llama.tuning.options import TuningOptions
 
@@ -73,7 +75,10 @@ def training_arguments(
 
 
 class PromptTrainer(transformers.Trainer):
-    """Run the Trainer on every rank, on the same batches; rank 0 alone writes."""
+    """Run the Trainer on every rank, on the same batches; rank 0 alone writes.
+
+    A batch is of all replicas: each computes the loss of its rows, and their gradients are summed.
+    """
 
     def __init__(
         self,
@@ -84,7 +89,8 @@ class PromptTrainer(transformers.Trainer):
         eval_rows: Dataset | None,
         pad_id: int,
     ) -> None:
-        prompt = soft_prompt_of(model)
+        rows = options.batch_size * parallel.n_replicas()
+        options, prompt = dataclasses.replace(options, batch_size=rows), soft_prompt_of(model)
         super().__init__(
             model=model,
             args=training_arguments(options, len(train_rows), eval_rows is not None, prompt.device),
@@ -115,6 +121,24 @@ class PromptTrainer(transformers.Trainer):
         """The order of the rows. The Trainer calls this."""
         return self.order
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | float | None = None,
+    ) -> Any:
+        """The loss of a batch, the rows of all replicas together. The Trainer calls this.
+
+        It has counted the learned tokens of all rows. The backward pass is that of the own rows.
+        """
+        assert num_items_in_batch is not None
+        own, has_any = own_rows(inputs)
+        count = num_items_in_batch if has_any else math.inf  # which makes a loss and gradient of 0
+        loss, outputs = super().compute_loss(model, own, True, count)
+        parallel.sum_over_replicas(loss.detach())  # the same numbers, without the way back
+        return (loss, outputs) if return_outputs else loss
+
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint if one is given, and evaluate what came out.
 
@@ -128,9 +152,10 @@ class PromptTrainer(transformers.Trainer):
             )
         if checkpoint is not None:
             if changed := differing(read_json(checkpoint / RUN), self.run_facts):
+                of_all = " (batch_size: of all replicas together)" * ("batch_size" in changed)
                 raise ValueError(
                     f"{checkpoint}: begun with another model, dataset or options ({changed}); give "
-                    f"those in its {RUN}, or begin anew in another folder"
+                    f"those in its {RUN}{of_all}, or begin anew in another folder"
                 )
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
