@@ -1,6 +1,6 @@
 """Test losses, right answers and seconds of ways to tune a prompt, as lines of JSON in a file.
 
-python benchmarks/methods.py --out runs.jsonl --dataset dates --methods prompt,residual --seeds 0,1
+python benchmarks/methods.py --out runs.jsonl --dataset appointments --methods prompt,residual --seeds 0,1
 python benchmarks/methods.py --out runs.jsonl --methods peft_prompt,peft_p_tuning --hf_dir ckpts/hf
 
 Runs that the file has already are left out, so that it can be added to. peft_…: what PEFT does
@@ -23,7 +23,7 @@ HELD_OUT = 47  # rows of a dataset that has no file of its own for tests; always
 
 def main(
     out: str,
-    dataset: str = "dates",
+    dataset: str = "appointments",
     methods: str = "prompt,residual,p_tuning",
     inits: str = "text",
     lrs: str = "1e-2",
