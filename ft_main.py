@@ -29,24 +29,26 @@ def tune(flags: TuningOptions, out: Path) -> None:
     """Load model and rows, train, save."""
     from llama import parallel
 
+    memory = cli.MemoryWatch(interval=0.05)
+    if parallel.rank() == 0:
+        flags.check_packages()
     device = parallel.setup(flags.tensor_parallel)  # before libraries that ask for cards
+    import torch
     import transformers
 
     from llama.checkpoint.formats import open_pair
     from llama.checkpoint.weights import parse_dtype
-    from llama.generation import load_model
+    from llama.generation import LLaMA, load_model
     from llama.memory import check_tuning
     from llama.plan import Plan
     from llama.tuning.data import column, split_dataset, tokenize_dataset
     from llama.tuning.methods import network_size
     from llama.tuning.model import add_soft_prompt
-    from llama.tuning.trainer import PromptTrainer, check_unused, newest_checkpoint
+    from llama.tuning.run_folder import where_to_begin
+    from llama.tuning.samples import LONGEST_SAMPLE, Samples
+    from llama.tuning.trainer import PromptTrainer
 
-    checkpoint = None
-    if flags.resume:
-        checkpoint = newest_checkpoint(out)
-    else:
-        check_unused(out)
+    checkpoint = where_to_begin(out, flags.resume)
     ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
     data = tokenize_dataset(
         flags.dataset_path,
@@ -92,10 +94,17 @@ def tune(flags: TuningOptions, out: Path) -> None:
         flags.init,
     )
 
-    trainer = PromptTrainer(model, flags, data, train_rows, eval_rows, tokenizer.pad_id)
+    def answer(prompts: list[list[int]], prompt: torch.Tensor) -> list[str]:
+        bsz = flags.batch_size  # no more at once than in training, so that memory suffices
+        llama = LLaMA(transformer, tokenizer, flags.max_seq_len, bsz, prompt, ckpt=ckpt)
+        return [x.text for x in llama.generate(prompts, LONGEST_SAMPLE, temperature=0)]
+
+    samples = Samples(eval_rows, tokenizer, answer) if eval_rows is not None else None
+    trainer = PromptTrainer(model, flags, data, train_rows, eval_rows, tokenizer.pad_id, samples)
     trainer.run(checkpoint)
     ckpt.check_unchanged()
     trainer.save(out)
+    cli.say(f"{trainer.progress.summary()}; {parallel.memory_peaks(memory.peak)}")
     if parallel.rank() == 0:
         given = f" --tokenizer_path {flags.tokenizer_path}" if flags.tokenizer_path else ""
         print(

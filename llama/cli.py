@@ -71,6 +71,41 @@ def _end_interrupted() -> NoReturn:
     _fail("interrupted", wait=False, speak=_RANK == 0, code=130)
 
 
+class Stopped(Exception):
+    """A run that a signal ends in order: its text says how to go on, its code is as a shell's."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+@contextlib.contextmanager
+def noting_signals(promise: str) -> Iterator[Callable[[], int]]:
+    """Note Ctrl-C and SIGTERM, and go on, so that the body can end in order.
+
+    Gives a function that tells the number of the signal that came, 0 for none. promise: what is
+    said when it comes. One that comes more than a second later ends the program at once; before
+    that it is the same one, which a terminal or SLURM sends to ranks, and torchrun once more.
+    """
+    noted, came_at = 0, 0.0
+
+    def note(number: int, _: FrameType | None) -> None:
+        nonlocal noted, came_at
+        if noted and time.monotonic() > came_at + 1:
+            _fail("interrupted", wait=False, speak=_RANK == 0, code=128 + number)
+        if not noted:
+            noted, came_at = number, time.monotonic()
+            if _RANK == 0:  # not print(), in the midst of which the signal may have come
+                os.write(2, f"\n{promise}\n".encode())
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run(main: Callable[..., None], options: type | None) -> None:
     try:
         flags = parse_flags(options or main)
@@ -83,6 +118,10 @@ def _run(main: Callable[..., None], options: type | None) -> None:
     try:
         main(**flags)
         parallel.leave_together()
+    except Stopped as stopped:
+        say(str(stopped))
+        parallel.leave_together()  # or torchrun might end rank 0 before it has spoken
+        _fail("", wait=False, speak=False, code=stopped.code)
     except Exception as error:
         message = _explain(error)
         if message is None and parallel.world_size() == 1:

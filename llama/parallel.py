@@ -354,3 +354,12 @@ def device_peaks() -> tuple[int, int]:
     if _device is None or _device.type != "cuda":
         return 0, 0
     return torch.cuda.max_memory_allocated(_device), torch.cuda.max_memory_reserved(_device)
+
+
+def memory_peaks(resident: int) -> str:
+    """Tell each rank's peak of memory: that on its card, or the resident one that it gives."""
+    allocated, reserved = device_peaks()
+    ranks = gather_objects((allocated or resident, reserved))
+    peaks, reserves = (", ".join(f"{size / 1e6:.0f}" for size in sizes) for sizes in zip(*ranks))
+    on_cards = f" (allocated; reserved {reserves})" if reserved else ""
+    return f"memory at most {peaks} MB by rank{on_cards}"

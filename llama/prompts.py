@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,8 +275,6 @@ def report(timing: Timing, memory: MemoryWatch) -> None:
 
     Replicas work at the same time: their tokens are added up, and the slowest one's seconds count.
     """
-    allocated, reserved = parallel.device_peaks()
-    ranks = parallel.gather_objects((allocated or memory.peak, reserved))
     if parallel.n_replicas() > 1:
         timings = parallel.gather_objects(timing)[:: parallel.model_size()]
         of_all: Any = {name: [getattr(x, name) for x in timings] for name in vars(timing)}
@@ -285,15 +283,9 @@ def report(timing: Timing, memory: MemoryWatch) -> None:
     def rate(tokens: int, seconds: float) -> str:
         return f"{tokens} tokens, {tokens / seconds:.1f} a second" if tokens else "nothing"
 
-    on_cards = f" (allocated; reserved {_each(x for _, x in ranks)})" if reserved else ""
     say(
         f"loaded in {timing.load_seconds:.1f} s; "
         f"read {rate(timing.prompt_tokens, timing.prompt_seconds)}; "
         f"wrote {rate(timing.generated_tokens, timing.generated_seconds)}; "
-        f"memory at most {_each(peak for peak, _ in ranks)} MB by rank{on_cards}"
+        f"{parallel.memory_peaks(memory.peak)}"
     )
-
-
-def _each(sizes: Iterable[int]) -> str:
-    """Sizes in bytes, as MB."""
-    return ", ".join(f"{size / 1e6:.0f}" for size in sizes)

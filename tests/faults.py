@@ -122,12 +122,12 @@ class Faults:
         return faults
 
     def wrong_rerun(self, job: Job) -> list[str]:
-        """What is wrong when a broken job is done again: resumed, where there is a checkpoint."""
+        """What is wrong when a broken job is done again: resumed, or begun anew."""
         if job.out and job.script != "ft_main.py" and job.out.exists():
             return []  # it was whole already
-        resume = job.script == "ft_main.py" and any(job.out.glob("checkpoint-*"))
+        resume = job.script == "ft_main.py"
         if not resume and job.out and any(job.out.glob("[!.]*")):
-            return [f"neither a checkpoint nor an empty folder: {os.listdir(job.out)}"]
+            return [f"not an empty folder: {os.listdir(job.out)}"]
         run = Run(job, self.scratch, **({"resume": True} if resume else {}))
         if run.end() != 0:
             return [f"it cannot be done again: {run.said()[-2000:]}"]
@@ -214,8 +214,7 @@ class Faults:
             job = self.job("ft_main.py", self.choose.choice((2, 4)), **long)
             seconds, ended = self.undisturbed(job)[2], False
             while not ended:
-                resume = {"resume": True} if any(job.out.glob("checkpoint-*")) else {}
-                run = Run(job, self.scratch, **resume)
+                run = Run(job, self.scratch, resume=True)
                 rank = self.choose.randrange(job.n)
                 until = time.monotonic() + self.choose.uniform(0, seconds)
                 while time.monotonic() < until and run.process.poll() is None:

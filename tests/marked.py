@@ -29,11 +29,11 @@ def before(function: Callable, first: Callable, *arguments: object) -> Callable:
 
 def mark() -> None:
     """Put notes into the functions in which phases begin."""
-    from llama import generation, sampling
+    from llama import batch, generation, sampling
     from llama.checkpoint import write
 
     points = [("loading", generation, "load_model"), ("writing", write, "_write_weight")]
-    points += [("prefill", generation.LLaMA, "_prefill")]
+    points += [("prefill", batch.Batch, "add")]
     points += [("decoding", sampling.Sampler, "next_ids")]
     if Path(SCRIPT).name == "ft_main.py":
         from llama.tuning.trainer import PromptTrainer

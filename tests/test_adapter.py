@@ -46,7 +46,7 @@ def test_our_adapter_gives_our_logits_in_plain_peft(tmp_path):
         embeds = torch.cat((soft.expand(2, -1, -1), model.tok_embeddings(ids)), dim=1)
         logits = model(inputs_embeds=embeds)
         torch.testing.assert_close(logits, reference(ids).logits, atol=1e-3, rtol=0)
-    names = {"adapter_config.json", "adapter_model.safetensors", "base_model.json", "README.md"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "base_model.json"}
     assert {path.name for path in tmp_path.iterdir()} == names | {"ckpt"}  # nothing else is left
 
 

@@ -22,8 +22,8 @@ from llama.checkpoint.write import write_checkpoint
 from llama.tokenizer import Tokenizer
 from llama.tuning.adapter import load_soft_prompt
 from llama.tuning.data import tokenize_dataset
-from llama.tuning.evaluate import BASE, mean_loss, question_of
-from llama.tuning.templates import alpaca_prompt
+from llama.tuning.evaluate import BASE, mean_loss
+from llama.tuning.templates import alpaca_prompt, question_of
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 2}

@@ -46,8 +46,8 @@ GENERATION = [
     "chat",
     "terminal",
 ]
-TUNING = ["options", "adapter", "rows", "templates", "data", "methods", "model", "trainer"]
-TUNING += ["evaluate"]
+TUNING = ["options", "adapter", "rows", "templates", "data", "methods", "model"]
+TUNING += ["run_folder", "card", "samples", "progress", "trainer", "evaluate"]
 ORDER = [*GROUND, *(f"checkpoint.{name}" for name in CHECKPOINT), *GENERATION]
 ORDER += [f"tuning.{name}" for name in TUNING]
 # And these know nothing of each other, though one stands before the other.

@@ -29,6 +29,9 @@ BAD = [
     (TUNING, "max_grad_norm", -1.0, "at least 0"),
     (TUNING, "eval_steps", 0, "at least 1"),
     (TUNING, "save_steps", 0, "at least 1"),
+    (TUNING, "patience", -1, "at least 0"),
+    (TUNING, "patience", 3, "goes with --val_set_size"),
+    (TUNING, "report_to", "all", "one of none, tensorboard, wandb, not 'all'"),
     (TUNING, "logging_steps", 0, "at least 1"),
     (TUNING, "seed", -1, "at least 0"),
     (TUNING, "seed", 2**32, "below"),
@@ -75,6 +78,7 @@ def test_what_a_resumed_run_must_keep_is_known():
         **{"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 0.5, "warmup_steps": 10},
         **{"lr_scheduler": "cosine", "max_seq_len": 96, "val_set_size": 0, "max_grad_norm": 1.0},
         **{"train_on_inputs": False, "seed": 0, "num_virtual_tokens": 32, "method": "residual"},
+        "quantize": None,
     }
 
 

@@ -6,13 +6,16 @@ Start reading at tune(), a run in this process, and tune_on_ranks(), one as a us
 import contextlib
 import importlib
 import json
+import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -33,11 +36,12 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import ft_main
-from llama import files, parallel
-from llama.tuning import data
+from llama import cli, files, parallel
+from llama.tuning import data, trainer
+from llama.tuning.adapter import CARD
 from llama.tuning.methods import network_size
 from llama.tuning.options import TuningOptions
-from llama.tuning.trainer import newest_checkpoint
+from llama.tuning.run_folder import evaluations, newest_checkpoint
 
 PATH, VOCAB_SIZE = TOKENIZERS["sentencepiece"]
 MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 1}  # fewer than ranks
@@ -123,10 +127,10 @@ def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs)
     assert lines[2].startswith(f"{DATASET}: batches of rows of like length: ")
     assert len(lines) == 3
     assert said.count("step 5 of 10: loss") == 1
-    for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-10"):
+    for name in ("adapter_config.json", "loss.png", "trainer_state.json", "checkpoint-10", CARD):
         assert (folder / "out2" / name).exists(), name
     held = {path.name: path.stat().st_size for path in (folder / "out2/checkpoint-5").iterdir()}
-    tensors = {f"{name}.safetensors" for name in ("adapter_model", "trained", "optimizer")}
+    tensors = {f"{name}.safetensors" for name in ("adapter_model", "trained", "optimizer", "best")}
     assert held.keys() >= {*tensors, "run.json"}
     n_trained = 8 * 64 + network_size("residual", 64)
     assert held.pop("optimizer.safetensors") < 8 * n_trained + 10_000
@@ -134,28 +138,144 @@ def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs)
     assert sum(held.values()) < 20_000
 
 
-def test_a_killed_rank_ends_the_run_and_what_was_saved_resumes(runs):
-    folder, reference, out = runs[0], runs[0] / "out2", runs[0] / "killed"
-    endless = options_of(folder, "killed", 2, **RUN) | {"max_steps": 10**6}
-    command = command_of("ft_main.py", *flags_of(**endless), n=2)
+def end_at(step: int, folder: Path, number: int, **changes) -> tuple[int, str]:
+    """Send a signal to rank 1 of a run on two ranks at a step; its exit code and what it said."""
+    command = command_of("ft_main.py", *flags_of(**options_of(folder, "ended", 2, **changes)), n=2)
     agent = subprocess.Popen(command, cwd=REPO, text=True, stderr=subprocess.PIPE)
     for line in agent.stderr:
-        if line.startswith("step 7 "):  # between the saves of steps 5 and 10
+        if line.startswith(f"step {step} "):
             ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-            os.kill(int(ranks[1]), signal.SIGKILL)
+            os.kill(int(ranks[1]), number)
             break
     began = time.monotonic()
     message = agent.communicate(timeout=60)[1]
     assert time.monotonic() - began < 30
-    assert agent.returncode == 1
+    return agent.returncode, message
+
+
+def test_a_rank_that_is_stopped_or_killed_ends_the_run_and_what_was_saved_resumes(runs):
+    folder, reference, out = runs[0], runs[0] / "out2", runs[0] / "ended"
+    endless = RUN | {"max_steps": 10**6}
+    code, message = end_at(2, folder, signal.SIGTERM, **endless)
+    (saved,) = out.glob("checkpoint-*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert code == 1  # torchrun's
+    assert message.count("exitcode  : 143") == 2, message
+    assert f"{out}: stopped at step {step} of 1000000; the same command with --resume" in message
+    assert 2 <= step < 5  # before the first that --save_steps asks for
+
+    code, message = end_at(7, folder, signal.SIGKILL, **endless, resume=True)
+    assert code == 1
     # Only torchrun is sure to say why: it may end rank 0 before that can.
     assert message.count("Signal 9 (SIGKILL)") == 1
     assert message.count("error: ") == message.count("error: another rank ended") <= 1
     assert (out / "checkpoint-5").is_dir()
     assert not (out / "adapter_config.json").exists()
-    resumed = tune_on_ranks(folder, "killed", 2, resume=True, **RUN)
+
+    resumed = tune_on_ranks(folder, "ended", 2, resume=True, **RUN)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert_same_outcome(out, reference)
+    assert samples(out) == samples(reference)  # none twice
+
+
+def samples(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_every_evaluation_shows_loss_perplexity_and_three_answers(runs):
+    folder, said = runs
+    found = samples(folder / "out2")
+    assert [line["step"] for line in found] == [0, 0, 0, 5, 5, 5, 10, 10, 10]
+    assert len({line["prompt"] for line in found}) == 3
+    rows = {row["output"] for row in json.loads(DATASET.read_text())}
+    for line, shown in zip(found, re.findall(r"(?m)^step (\d+), sample: .*Response: -> ", said)):
+        assert line["step"] == int(shown)
+        assert any(row.startswith(line["expected"]) for row in rows)
+        assert line["prompt"].endswith("\n\n### Response:")
+        assert line["answer"]
+    history = json.loads((folder / "out2" / "trainer_state.json").read_text())["log_history"]
+    for row in evaluations(history):
+        assert row["eval_perplexity"] == math.exp(row["eval_loss"])
+        numbers = f"eval_loss {row['eval_loss']:.4g}, eval_perplexity {row['eval_perplexity']:.4g}"
+        assert f"step {row['step']} of 10: {numbers}" in said
+    assert all(row["tokens_per_second"] > 0 for row in history if "loss" in row)
+    assert re.search(r"(?m)^trained 10 steps on [\d,]+ tokens, [\d,]+ a second; memory at", said)
+
+
+def test_the_best_prompt_is_kept_through_a_resume_and_a_run_without_better_ones_ends(
+    tmp_path, capfd
+):
+    """With a rate so small that nothing changes, the prompt before tuning stays the best."""
+    options = {"lr": 1e-30, "val_set_size": 2, "eval_steps": 1, "patience": 2, "max_steps": 9}
+    out = tune(tmp_path, "out", **options)
+    assert [step for step, _ in losses(out, "eval_loss")] == [0, 1, 2]
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    said = capfd.readouterr().err
+    assert "step 2: no better evaluation in 2: ends here (--patience)\n" in said
+    assert "best at step 0: eval_loss" in said
+    start = load_file(out / "checkpoint-2" / "best.safetensors")["prompt_embeddings"]
+    edited = start + 1  # so that it is seen which prompt is taken, this or the last
+    save_file({"prompt_embeddings": edited}, out / "checkpoint-2" / "best.safetensors")
+    hashes = hashes_of(out / "checkpoint-2")
+    del hashes["run.json"]
+    edit_json(out / "checkpoint-2" / "run.json", files=hashes)
+    tune(tmp_path, "out", **options, resume=True)
+    assert [step for step, _ in losses(out, "eval_loss")] == [0, 1, 2]
+    tune(tmp_path, "out", **options | {"patience": 3}, resume=True)
+    assert [step for step, _ in losses(out, "eval_loss")] == [0, 1, 2, 3]
+    assert torch.equal(prompt_of(out), edited)
+
+
+@pytest.mark.parametrize(
+    ("during", "call", "step", "predicted"),
+    [
+        ("prediction_step", 1, 0, 1),  # before the first step
+        ("training_step", 3, 2, 2),  # in a step behind which an evaluation is due
+        ("prediction_step", 3, 2, 3),  # in that
+    ],
+)
+def test_a_signal_saves_a_checkpoint_first_and_a_resumed_run_differs_in_nothing(
+    evaluated, monkeypatch, during, call, step, predicted
+):
+    (folder, reference), calls = evaluated, Counter()
+
+    def counted(name):
+        before = getattr(trainer.PromptTrainer, name)
+
+        def method(self, *args, **kwargs):
+            calls[name] += 1
+            if name == during and calls[name] == call:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # as a terminal and torchrun do
+            return before(self, *args, **kwargs)
+
+        return method
+
+    name = f"{during}{call}"
+    with monkeypatch.context() as patch:
+        for method in ("training_step", "prediction_step"):
+            patch.setattr(trainer.PromptTrainer, method, counted(method))
+        message = rf"stopped at step {step} of 4; the same .* goes on"
+        with pytest.raises(cli.Stopped, match=message) as end:
+            tune(folder, name, **EVALUATED)
+    assert end.value.code == 130
+    assert calls["prediction_step"] == predicted
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert (folder / name / f"checkpoint-{step}").is_dir() == (step > 0)
+    out = tune(folder, name, **EVALUATED, resume=True)
+    assert_same_outcome(out, reference)
+    assert losses(out, "eval_loss") == losses(reference, "eval_loss")
+    assert samples(out) == samples(reference)
+
+
+EVALUATED = {"val_set_size": 4, "eval_steps": 2, "save_steps": 9, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A run of four steps with evaluations before, in the middle and behind."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    return folder, tune(folder, "out", **EVALUATED)
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +291,20 @@ def tuned(tmp_path_factory):
         ({}, r"in use: holds adapter_config\.json.*; choose another folder, or --resume"),
         (
             {"resume": True, "num_virtual_tokens": 9},
-            "options .num_virtual_tokens, .*; give those in",
+            "begun with other settings: --num_virtual_tokens 8, not 9; .*Give those it was",
         ),
-        ({"resume": True, "ckpt_dir": "other"}, "begun with another model.*.norm_eps"),
-        ({"resume": True, "batch_size": 3, "seed": 1}, "another .* .batch_size, seed."),
-        ({"resume": True, "dtype": "bfloat16"}, "another .* .dtype"),
-        ({"resume": True, "template": "none"}, "another .* .tokens_sha256"),
+        ({"resume": True, "ckpt_dir": "other"}, "settings: norm_eps 1e-05, not 0.001. Give"),
+        (
+            {"resume": True, "batch_size": 3, "seed": 1},
+            r"--batch_size 2, not 3; --seed 0, not 1 .--batch_size times the replicas.\. Give",
+        ),
+        (
+            {"resume": True, "dtype": "bfloat16"},
+            "settings: dtype torch.float32, not torch.bfloat16. Give",
+        ),
+        ({"resume": True, "template": "none"}, "settings: the tokens of its rows .--template, "),
+        ({"resume": True, "dataset_path": "others.json"}, "settings: the dataset. Give"),
         ({"output_dir": "new5", "columns": "question=output"}, "no column 'question', which --col"),
-        ({"output_dir": "new1", "resume": True}, "no whole checkpoint to resume"),
         ({"output_dir": "new2", "dataset_path": "none.json"}, "none.json"),
         ({"output_dir": "new3", "max_seq_len": 20}, "no row fits into the 12 tokens"),
         ({"output_dir": "new4", "lr": 1e38, "warmup_steps": 0}, "NaN or infinite; lower --lr"),
@@ -190,6 +316,8 @@ def test_a_bad_request_is_named_and_leaves_a_run_alone(tuned, monkeypatch, chang
     monkeypatch.chdir(folder)
     if "ckpt_dir" in changes:
         make_ckpt(folder / "other", **MODEL, norm_eps=1e-3)
+    if changes.get("dataset_path") == "others.json":
+        Path("others.json").write_text(json.dumps(json.loads(DATASET.read_text())[1:]))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         tune(folder, "out", **changes)
     assert hashes_of(out / "checkpoint-4") == before
@@ -240,8 +368,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
     assert reason in message
     assert message.count("\n") == 1
     (out / "checkpoint-2" / "run.json").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint to resume"):
-        newest_checkpoint(out)
+    assert newest_checkpoint(out) is None
 
 
 def state(**changes):
@@ -390,4 +517,4 @@ def test_epochs_with_evaluation_resume_bit_equal(tmp_path):
     shutil.copytree(reference / "checkpoint-4", out / "checkpoint-4")
     tune(tmp_path, "out", resume=True, **options)
     assert_same_outcome(out, reference)
-    assert set(losses(out, "eval_loss")) >= set(losses(reference, "eval_loss"))
+    assert losses(out, "eval_loss") == losses(reference, "eval_loss")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llama import cli
 from llama.checkpoint.folder import facts_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # to read an adapter needs neither PEFT nor transformers, whi
     from peft import PeftModel
 
 BASE = "base_model.json"  # which model the adapter was trained on
+CARD = "README.md"  # the model card
 
 
 def load_soft_prompt(path: str | Path, dim: int) -> torch.Tensor:
@@ -73,10 +74,17 @@ def _prompt_in(path: Path) -> torch.Tensor:
     raise ValueError(f"{path}: no tuned prompt in it")
 
 
-def save_adapter(model: "PeftModel", folder: Path, chat_template: str | None = None) -> None:
+def save_adapter(
+    model: "PeftModel",
+    folder: Path,
+    chat_template: str | None = None,
+    prompt: torch.Tensor | None = None,
+    card: str | None = None,
+) -> None:
     """Write a standard PEFT adapter into a folder, each file whole or not at all.
 
     chat_template: how conversations look that the prompt was trained on, in jinja2's language.
+    prompt: another than the model's present one. card: the text of its model card.
     """
     made = partial_name(folder / "adapter")
     remove(made)  # of a run that was killed
@@ -84,6 +92,11 @@ def save_adapter(model: "PeftModel", folder: Path, chat_template: str | None = N
     try:
         # False: there are no embedding layers to save, and PEFT need not ask a hub about them.
         model.save_pretrained(str(made), save_embedding_layers=False)
+        if prompt is not None:
+            save_file({"prompt_embeddings": prompt}, made / "adapter_model.safetensors")
+        (made / CARD).unlink()  # PEFT's, a form to fill in
+        if card is not None:
+            (made / CARD).write_text(card, encoding="utf-8")
         write_json(made / BASE, base_model_facts(model.get_base_model().transformer))
         if chat_template is not None:
             (made / TEMPLATE).write_text(chat_template, encoding="utf-8")

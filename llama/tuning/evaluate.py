@@ -22,19 +22,11 @@ if TYPE_CHECKING:  # torch and what stands on it are imported where they are use
     from llama.tokenizer import Tokenizer
     from llama.tuning.data import TokenizedDataset
     from llama.tuning.rows import Dataset
+    from llama.tuning.templates import Question
 
 BASE = "the model alone"
 SPARE_TOKENS = 8  # by which an answer may be longer than the longest that is wanted
 LONGEST_ANSWER = 256  # tokens, where nobody says how long it may be
-
-
-@dataclass
-class Question:
-    """What stands before the last answer in a row, in token ids; that answer, and its tokens."""
-
-    ids: list[int]
-    wanted: str
-    n_tokens: int
 
 
 @dataclass
@@ -75,6 +67,7 @@ def main(flags: EvaluationOptions) -> None:
     from llama.checkpoint.formats import open_pair
     from llama.tuning.adapter import load_soft_prompt
     from llama.tuning.data import tokenize_dataset
+    from llama.tuning.templates import question_of
 
     ckpt, tokenizer = open_pair(flags.ckpt_dir, flags.tokenizer_path, flags.quantize)
     prompts = {path: load_soft_prompt(path, ckpt.args.dim) for path in flags.adapters()}
@@ -185,16 +178,6 @@ def choose(rows: "Dataset", flags: EvaluationOptions) -> "Dataset":
     return rows.select(range(min(len(rows), flags.n_rows or len(rows))))
 
 
-def question_of(row: dict[str, "torch.Tensor"], tokenizer: "Tokenizer") -> Question:
-    """The last tokens of a row that are learned are the answer, and what is before them asks."""
-    from llama.tuning.templates import IGNORE
-
-    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
-    end = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
-    start = max((i for i in range(end) if labels[i] == IGNORE), default=-1) + 1
-    return Question(ids[:start], tokenizer.decode(ids[start:end]).strip(), end - start)
-
-
 def mean_loss(generator: "LLaMA", rows: "Dataset", name: str) -> float:
     """The loss of a learned token, as training has it; the mean over those of all rows.
 
@@ -233,7 +216,7 @@ def mean_loss(generator: "LLaMA", rows: "Dataset", name: str) -> float:
 
 
 def wrong_answers(
-    generator: "LLaMA", questions: list[Question], max_gen_len: int, name: str
+    generator: "LLaMA", questions: "list[Question]", max_gen_len: int, name: str
 ) -> list[dict]:
     """Answer all questions, always with the likeliest token; those answers that are not wanted."""
     prompts = [question.ids for question in questions]

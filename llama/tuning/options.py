@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from llama.cli import check_at_least
@@ -15,6 +16,12 @@ ALPACA_PREAMBLE = (
 TEMPLATES = ("alpaca", "chat", "none")
 METHODS = ("prompt", "p_tuning", "residual")
 INITS = ("text", "vocab", "random")
+# Where losses can be logged, and the packages of which one is needed for it.
+REPORTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+}
 SCHEDULES = (  # those of transformers that need no settings of their own
     *("cosine", "linear", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
     *("constant", "constant_with_warmup"),
@@ -77,9 +84,12 @@ class TuningOptions:
         max_grad_norm: gradients are scaled down to this length; 0 leaves them.
         val_set_size: rows held out for an evaluation loss.
         eval_steps: steps between evaluations.
+        patience: evaluations without a better loss after which a run ends; 0 never ends it so.
         save_steps: steps between checkpoints that --resume can go on from.
         logging_steps: steps between logged losses.
-        resume: go on from the newest checkpoint in output_dir, which all machines must see.
+        report_to: tensorboard or wandb: also log there, in a folder in output_dir; or none.
+        resume: go on from the newest checkpoint in output_dir, which all machines must see, or
+            begin if there is none.
         train_on_inputs: learn the instructions too, not the answers alone.
         gradient_checkpointing: compute all activations twice rather than hold them; without it
             those of FFNs, where memory is too short for them.
@@ -96,8 +106,8 @@ class TuningOptions:
     dataset_path: str
     output_dir: str
     tokenizer_path: str | None = None
-    template: str | None = option(None, must_stay=True)
-    columns: str | None = option(None, must_stay=True)
+    template: str | None = None
+    columns: str | None = None
     method: str = option("residual", must_stay=True)
     init: str = "text"
     init_prompt: str = ALPACA_PREAMBLE
@@ -113,8 +123,10 @@ class TuningOptions:
     max_grad_norm: float = option(1.0, at_least=0, must_stay=True)
     val_set_size: int = option(0, must_stay=True)
     eval_steps: int = option(50, at_least=1)
+    patience: int = option(0, at_least=0)
     save_steps: int = option(50, at_least=1)
     logging_steps: int = option(10, at_least=1)
+    report_to: str = "none"
     resume: bool = False
     train_on_inputs: bool = option(False, must_stay=True)
     gradient_checkpointing: bool = False
@@ -137,17 +149,28 @@ class TuningOptions:
             "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
             "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
             "init_prompt": (self.init != "text" or self.init_prompt, "a text, or --init vocab"),
+            "report_to": (self.report_to in REPORTS, f"one of {', '.join(REPORTS)}"),
             "lr_scheduler": (self.lr_scheduler in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         }
         for name, (right, wanted) in checks.items():
             if not right:
                 raise ValueError(f"--{name} must be {wanted}, not {getattr(self, name)!r}")
+        if self.patience and not self.val_set_size:
+            raise ValueError("--patience goes with --val_set_size: rows to evaluate the loss on")
+
+    def check_packages(self) -> None:
+        """Raise ValueError, with the command that mends it, if what report_to needs is missing."""
+        needed = REPORTS[self.report_to]
+        if needed and not any(map(find_spec, needed)):
+            raise ValueError(
+                f"--report_to {self.report_to}: the package is not installed: pip install "
+                f"{needed[0]}"
+            )
 
     def must_stay(self) -> dict:
         """The options without which a resumed run would not go on with what it began."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("must_stay")]
-        # Those that are None by default are younger than the first runs, which do not know them.
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

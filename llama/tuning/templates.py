@@ -4,8 +4,9 @@ import datetime
 import json
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama.files import naming
 from llama.template import ChatTemplate, Messages
@@ -49,6 +50,26 @@ class Tokens(NamedTuple):
     @property
     def n_learned(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE)
+
+
+@dataclass
+class Question:
+    """What stands before the last answer in a row, in token ids; that answer, and its tokens."""
+
+    ids: list[int]
+    wanted: str
+    n_tokens: int
+
+
+def question_of(row: dict[str, Any], tokenizer: Tokenizer) -> Question:
+    """The last tokens of a row that are learned are the answer, and what is before them asks.
+
+    row: its input_ids and labels as tensors.
+    """
+    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+    end = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
+    start = max((i for i in range(end) if labels[i] == IGNORE), default=-1) + 1
+    return Question(ids[:start], tokenizer.decode(ids[start:end]).strip(), end - start)
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sized
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,38 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import save_file
 from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
 
 from llama import cli, parallel
-from llama.files import (
-    hash_of,
-    naming_refusals,
-    new_folder,
-    read_json,
-    remove,
-    write_json,
-    write_whole,
-)
-from llama.tokenizer import TEMPLATE
-from llama.tuning.adapter import BASE, base_model_facts, differing, save_adapter
+from llama.files import hash_of, naming_refusals, new_folder, remove, write_whole
+from llama.tuning.adapter import base_model_facts, save_adapter
+from llama.tuning.card import model_card
 from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column, own_rows
 from llama.tuning.model import encoder_of, soft_prompt_of
 from llama.tuning.options import TuningOptions
+from llama.tuning.progress import Interrupted, Interruption, Progress
+from llama.tuning.run_folder import (
+    BEST,
+    OPTIMIZER,
+    PICTURE,
+    RUN,
+    STATE,
+    TRAINED,
+    best_of,
+    check_same_run,
+    check_shapes,
+    evaluations,
+    load_optimizer,
+    load_tensors,
+    plot_losses,
+    read_state,
+    write_run,
+)
+from llama.tuning.samples import Samples
 
-# The last file written into a checkpoint's folder: its step, what a resumed run must keep, and the
-# SHA-256 of every other file, by which a whole checkpoint is known before it is read.
-RUN = "run.json"
-PICTURE = "loss.png"
-STATE = "trainer_state.json"  # the Trainer's own name
-OPTIMIZER = "optimizer.safetensors"
-TRAINED = "trained.safetensors"
+LARGEST_LOGGED = 36.0  # loss whose perplexity is written: more are no numbers of a JSON file
 
 
 def training_arguments(
@@ -61,7 +64,6 @@ def training_arguments(
         lr_scheduler_type=options.lr_scheduler,
         max_grad_norm=options.max_grad_norm,
         eval_strategy="steps" if evaluate else "no",
-        eval_on_start=evaluate,  # the loss before tuning, to compare with
         eval_steps=options.eval_steps,
         save_steps=options.save_steps,
         logging_steps=options.logging_steps,
@@ -70,7 +72,7 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         prediction_loss_only=True,
         disable_tqdm=True,
-        report_to="none",
+        report_to=options.report_to if parallel.rank() == 0 else "none",
     )
 
 
@@ -88,9 +90,12 @@ class PromptTrainer(transformers.Trainer):
         train_rows: Dataset,
         eval_rows: Dataset | None,
         pad_id: int,
+        samples: Samples | None = None,
     ) -> None:
         rows = options.batch_size * parallel.n_replicas()
         options, prompt = dataclasses.replace(options, batch_size=rows), soft_prompt_of(model)
+        if options.report_to == "wandb":  # which would write into the present folder
+            os.environ.setdefault("WANDB_DIR", options.output_dir)
         super().__init__(
             model=model,
             args=training_arguments(options, len(train_rows), eval_rows is not None, prompt.device),
@@ -98,10 +103,13 @@ class PromptTrainer(transformers.Trainer):
             eval_dataset=eval_rows,
             data_collator=functools.partial(collate, pad_id=pad_id),
         )
-        self.chat_template = data.chat_template
+        self.options, self.chat_template = options, data.chat_template
+        self.best: torch.Tensor | None = None  # the prompt with the lowest evaluation loss so far
         self.order = LengthGrouped(column(train_rows, "length"), options.batch_size, options.seed)
         cli.say(f"{options.dataset_path}: {self.order.padding()}")
         self.remove_callback(PrinterCallback)  # which prints on stdout, on every rank
+        if samples is not None:
+            self.add_callback(samples)
         if self.args.n_gpu > 1 or self.args.device.type != prompt.device.type:
             raise RuntimeError(
                 f"the Trainer took {self.args.device} of {self.args.n_gpu} cards, not "
@@ -140,43 +148,110 @@ class PromptTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train to the end, from a checkpoint if one is given, and evaluate what came out.
+        """Train to the end, from a checkpoint if one is given; evaluate as often as is asked.
 
-        Raises ValueError for a checkpoint of another model, dataset or other options.
+        Raises ValueError for a checkpoint of another model, dataset or other options, and
+        cli.Stopped, when a checkpoint has been saved, if any rank is told to stop.
         """
+        out = self.args.output_dir
         resumed = checkpoint and (checkpoint.name, hash_of(checkpoint / RUN))
         if len(set(parallel.gather_objects(resumed))) > 1:
             raise ValueError(
-                f"{self.args.output_dir}: the ranks found different checkpoints to go on from; "
+                f"{out}: the ranks found different checkpoints to go on from; "
                 "copy the folder of the first machine to all others"
             )
         if checkpoint is not None:
-            if changed := differing(read_json(checkpoint / RUN), self.run_facts):
-                of_all = " (batch_size: of all replicas together)" * ("batch_size" in changed)
-                raise ValueError(
-                    f"{checkpoint}: begun with another model, dataset or options ({changed}); give "
-                    f"those in its {RUN}{of_all}, or begin anew in another folder"
-                )
+            check_same_run(checkpoint, self.run_facts, self.options.must_stay())
             self.state = read_state(checkpoint)
         done, steps = self.state.global_step, self.args.max_steps
-        with cli.progress_bar("tuning", steps, "step", done) as bar:
-            self.add_callback(Progress(self.model, bar))
-            if done < steps:
+        # At step 0 it is the loss before tuning. A run that was stopped may have left one out.
+        due = (done % self.args.eval_steps == 0 or done >= steps) and self.eval_dataset is not None
+        due = due and done not in {row["step"] for row in evaluations(self.state.log_history)}
+        promise = "stopping after this step, with a checkpoint; once more ends at once"
+        with (
+            cli.noting_signals(promise) as signalled,
+            cli.progress_bar("tuning", steps, "step", done) as bar,
+        ):
+            self.progress = Progress(self.model, bar)
+            interruption = Interruption(signalled, self.args.device)
+            self.add_callback(self.progress)
+            self.add_callback(interruption)
+            if done < steps and not self._out_of_patience():
+                self.args.eval_on_start = due
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
                 self._load_from_checkpoint(str(checkpoint))
-            evaluated = {row["step"] for row in self.state.log_history if "eval_loss" in row}
-            if self.eval_dataset is not None and self.state.global_step not in evaluated:
-                self.evaluate()
+                if due:
+                    self.evaluate()
+        if interruption.number:
+            raise cli.Stopped(
+                interruption.number,
+                f"{out}: stopped at step {self.state.global_step} of {steps}; the same command "
+                "with --resume goes on",
+            )
+
+    def _run_epoch(self, **of_epoch: object) -> None:
+        """Train for an epoch, unless what was evaluated before it ends the run."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**of_epoch)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *more: object
+    ) -> torch.Tensor:
+        """Run a batch forward and back. The Trainer calls this."""
+        self.progress.add(inputs["attention_mask"])
+        return super().training_step(model, inputs, *more)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the Trainer found, and what follows from it. The Trainer calls this."""
+        loss = logs.get("eval_loss", math.inf)
+        if loss < LARGEST_LOGGED:
+            logs = {"eval_loss": loss, "eval_perplexity": math.exp(loss)} | logs
+        if "loss" in logs:
+            logs["tokens_per_second"] = self.progress.tokens_per_second()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
+        """Evaluate; keep the prompt if it is the best so far, end the run if none is for long."""
+        try:
+            metrics = super().evaluate(*args, **kwargs)
+        except Interrupted:
+            self.control.should_training_stop = self.control.should_save = True
+            self.control.should_evaluate = False  # nor at the end of the epoch
+            return {}
+        best = best_of(self.state.log_history)
+        if best and best["step"] == self.state.global_step:
+            self.best = soft_prompt_of(self.model).detach().cpu().clone()
+        if self._out_of_patience() and not self.control.should_training_stop:
+            cli.say(
+                f"step {self.state.global_step}: no better evaluation in {self.options.patience}: "
+                "ends here (--patience)"
+            )
+            self.control.should_training_stop = self.control.should_save = True
+        return metrics
+
+    def _out_of_patience(self) -> bool:
+        """Whether the last --patience evaluations were no better than one before them."""
+        rows, best = evaluations(self.state.log_history), best_of(self.state.log_history)
+        since = len(rows) - (1 + rows.index(best) if best else 0)
+        return 0 < self.options.patience <= since
 
     def save(self, folder: Path) -> None:
-        """Write, by rank 0, the adapter, the state of the run and the picture of its losses."""
+        """Write, by rank 0, the best prompt, the state of the run and the picture of its losses.
+
+        Without evaluations it is the last one.
+        """
+        history = self.state.log_history
+        if best := best_of(history):
+            cli.say(f"best at step {best['step']}: eval_loss {best['eval_loss']:.4g}; saved")
         if parallel.rank() == 0:
+            n_rows = len(self.train_dataset), len(self.eval_dataset or ())
+            card = model_card(self.options, self.run_facts, n_rows, history)
             with naming_refusals(folder):
-                save_adapter(self.model, folder, self.chat_template)
+                save_adapter(self.model, folder, self.chat_template, self.best, card)
                 with write_whole(folder / STATE) as partial:
                     self.state.save_to_json(str(partial))
-                plot_losses(self.state.log_history, folder / PICTURE)
+                plot_losses(history, folder / PICTURE)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Write a checkpoint, by rank 0: the whole folder or nothing. The Trainer calls this."""
@@ -187,18 +262,24 @@ class PromptTrainer(transformers.Trainer):
             with naming_refusals(folder), new_folder(folder) as partial:
                 save_adapter(self.model, partial, self.chat_template)
                 save_file(encoder_of(self.model).state_dict(), partial / TRAINED)
+                if self.best is not None:
+                    save_file({"prompt_embeddings": self.best}, partial / BEST)
                 self._save_optimizer(partial / OPTIMIZER)
                 self.state.save_to_json(str(partial / STATE))
-                files = {"step": step, "files": _hashes_of(partial)}
-                write_json(partial / RUN, self.run_facts | files)
+                write_run(partial, step, self.run_facts)
         dist.barrier()  # or the others could be steps ahead of a rank 0 that then cannot write
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         """Take from a checkpoint what is trained. The Trainer calls this."""
-        encoder, path = encoder_of(self.model), Path(resume_from_checkpoint) / TRAINED
-        found, state = _load_tensors(path), encoder.state_dict()
-        check_shapes(path, found, {name: x.shape for name, x in state.items()})
+        encoder, folder = encoder_of(self.model), Path(resume_from_checkpoint)
+        found, state = load_tensors(folder / TRAINED), encoder.state_dict()
+        check_shapes(folder / TRAINED, found, {name: x.shape for name, x in state.items()})
         encoder.load_state_dict(found)
+        if best_of(self.state.log_history):
+            best = load_tensors(folder / BEST)
+            shape = soft_prompt_of(self.model).shape
+            check_shapes(folder / BEST, best, {"prompt_embeddings": shape})
+            self.best = best["prompt_embeddings"]
 
     def _save_optimizer(self, path: Path) -> None:
         """Write what the optimizer remembers, and the random numbers that order the rows.
@@ -214,7 +295,7 @@ class PromptTrainer(transformers.Trainer):
         if checkpoint is None:
             return
         step, path = self.state.global_step, Path(checkpoint) / OPTIMIZER
-        found, state = _load_optimizer(path), self.optimizer.state_dict()
+        found, state = load_optimizer(checkpoint), self.optimizer.state_dict()
         trained = [x for group in self.optimizer.param_groups for x in group["params"]]
         keys = {"step": (), "exp_avg": None, "exp_avg_sq": None}
         shapes = {
@@ -234,154 +315,4 @@ class PromptTrainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint: str) -> None:
         """Take the random numbers of a checkpoint. The Trainer calls this."""
-        torch.set_rng_state(_load_optimizer(Path(checkpoint) / OPTIMIZER)["rng"])
-
-
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of a checkpoint."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged ({cli.shown(str(error))})") from None
-
-
-def _load_optimizer(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors that _save_optimizer wrote."""
-    found = _load_tensors(path)
-    try:
-        torch.Generator().set_state(found["rng"])  # raises for what is no generator's state
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({cli.shown(str(error))})") from None
-    return found
-
-
-def check_shapes(path: Path, found: dict[str, torch.Tensor], shapes: dict) -> None:
-    """Raise ValueError if tensors have other names or shapes, or are not finite float32 ones."""
-    if {name: x.shape for name, x in found.items()} != shapes:
-        raise ValueError(f"{path}: of another prompt, method or optimizer")
-    if not all(x.dtype == torch.float32 and x.isfinite().all() for x in found.values()):
-        raise ValueError(f"{path}: holds NaN or infinite values, or numbers that are not float32")
-
-
-def read_state(checkpoint: Path) -> TrainerState:
-    """Read the Trainer's state of a checkpoint; ValueError if the Trainer did not write it so."""
-    path = checkpoint / STATE
-    found = read_json(path)
-    if not _is_state(found, read_json(checkpoint / RUN)["step"]):
-        raise ValueError(f"{path}: not the state of a run at the step that {RUN} says")
-    return TrainerState(**found)
-
-
-def _is_state(found: dict, step: int) -> bool:
-    kinds: dict[str, tuple] = {key: (type(value),) for key, value in vars(TrainerState()).items()}
-    kinds |= dict.fromkeys(("epoch", "total_flos"), (int, float)) | {"train_batch_size": (int,)}
-    typed = found.keys() == kinds.keys() and all(type(found[x]) in kinds[x] for x in kinds)
-    return (
-        typed
-        and found["global_step"] == step
-        and all(
-            isinstance(row, dict)
-            and "step" in row
-            and all(type(x) in (int, float) and abs(x) < 2**53 for x in row.values())
-            for row in found["log_history"]
-        )
-    )
-
-
-class Progress(transformers.TrainerCallback):
-    """Show on stderr how far a run is; end it if its prompt becomes NaN or infinite."""
-
-    def __init__(self, model: peft.PeftModel, bar: tqdm) -> None:
-        self.tuned, self.bar = model, bar
-        self.evaluating: tqdm | None = None  # a bar below the other
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: object, **_: object
-    ) -> None:
-        # The state of a resumed run holds how often it logged, evaluated and saved: not this one's.
-        state.compute_steps(args, state.max_steps)
-
-    def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        self.bar.update()
-        if not soft_prompt_of(self.tuned).isfinite().all():
-            raise ValueError(
-                f"step {state.global_step}: the prompt has become NaN or infinite; lower --lr, "
-                "take --dtype bfloat16 or float32, or check the model: split_model.py --verify"
-            )
-
-    def on_prediction_step(
-        self, args: object, state: object, control: object, eval_dataloader: Sized, **_: object
-    ) -> None:
-        if self.evaluating is None:
-            self.evaluating = cli.progress_bar("evaluating", len(eval_dataloader), "batch")
-        self.evaluating.update()
-
-    def on_evaluate(self, args: object, state: object, control: object, **_: object) -> None:
-        if self.evaluating is not None:
-            self.evaluating.close()
-            self.evaluating = None
-        self.bar.unpause()  # the time of an evaluation is no step's
-
-    def on_log(
-        self,
-        args: object,
-        state: TrainerState,
-        control: object,
-        logs: dict[str, float],
-        **_: object,
-    ) -> None:
-        facts = ", ".join(f"{key} {value:.4g}" for key, value in logs.items() if key != "epoch")
-        cli.say(f"step {state.global_step} of {state.max_steps}: {facts}")
-
-
-def check_unused(output_dir: Path) -> None:
-    """Raise ValueError if a folder holds what a run would write; other files may lie there."""
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir}: is a file; choose a folder for --output_dir")
-    ours = (BASE, STATE, PICTURE, TEMPLATE, "adapter_*", "checkpoint-*")
-    found = sorted({path.name for name in ours for path in output_dir.glob(name)})
-    if found:
-        raise ValueError(
-            f"{output_dir}: in use: holds {cli.first_few(found)}; choose another folder, or "
-            "--resume a run in it"
-        )
-
-
-def newest_checkpoint(output_dir: Path) -> Path:
-    """Find the newest whole checkpoint of a run; say which newer ones are passed over.
-
-    Raises ValueError if there is none.
-    """
-    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
-    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
-        folder = output_dir / f"checkpoint-{step}"
-        try:
-            run = read_json(folder / RUN)
-            if run.get("step") == step and run.get("files") == _hashes_of(folder):
-                return folder
-            reason = f"its step or files are not those that {RUN} lists"
-        except (ValueError, OSError) as error:
-            reason = str(error)
-        cli.say(f"{folder}: passed over, as it is not whole: {reason}")
-    raise ValueError(f"{output_dir}: no whole checkpoint to resume; leave --resume away to begin")
-
-
-def _hashes_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint's folder but RUN itself."""
-    return {path.name: hash_of(path) for path in sorted(folder.iterdir()) if path.name != RUN}
-
-
-def plot_losses(log_history: list[dict], path: Path) -> None:
-    """Draw training and evaluation loss over steps."""
-    from matplotlib.figure import Figure  # here: one rank needs it, and once
-
-    figure = Figure()
-    axes = figure.subplots()
-    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        rows = [row for row in log_history if key in row]
-        if rows:
-            axes.plot([row["step"] for row in rows], [row[key] for row in rows], label=label)
-            axes.legend()
-    axes.set(xlabel="step", ylabel="loss per token")
-    with write_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        torch.set_rng_state(load_optimizer(checkpoint)["rng"])
