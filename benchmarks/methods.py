@@ -1,6 +1,6 @@
 """Test losses, right answers and seconds of ways to tune a prompt, as lines of JSON in a file.
 
-python benchmarks/methods.py --out runs.jsonl --dataset appointments --methods prompt,residual --seeds 0,1
+python benchmarks/methods.py --out runs.jsonl --dataset short_answers --methods prompt,residual
 python benchmarks/methods.py --out runs.jsonl --methods peft_prompt,peft_p_tuning --hf_dir ckpts/hf
 
 Runs that the file has already are left out, so that it can be added to. peft_…: what PEFT does
