@@ -40,7 +40,8 @@ NEEDS = {  # in turn, of those of requirements.txt, beside what torch and transf
 }
 TUNING = {  # of the small model; its tokens are bytes
     **{"max_steps": 6, "save_steps": 3, "logging_steps": 1, "warmup_steps": 1, "batch_size": 4},
-    **{"lr": 1e-2, "max_seq_len": 320, "num_virtual_tokens": 8, "dtype": "float32"},
+    **{"method": "prompt", "lr": 1e-2, "num_virtual_tokens": 8, "max_seq_len": 320},
+    "dtype": "float32",
 }
 # With larger weights, rounding grows from step to step. With these, losses moved by 3e-6 where the
 # weights did by 1e-5, and by 0.03 where nothing was learned.

@@ -14,7 +14,7 @@ ALPACA_PREAMBLE = (
     "the request."
 )
 TEMPLATES = ("alpaca", "chat", "none")
-METHODS = ("prompt", "p_tuning", "residual")
+METHODS = {"prompt": 1e-2, "p_tuning": 1e-3, "residual": 1e-3}  # and their learning rates
 INITS = ("text", "vocab", "random")
 # Where losses can be logged, and the packages of which one is needed for it.
 REPORTS: dict[str, tuple[str, ...]] = {
@@ -75,7 +75,7 @@ class TuningOptions:
         max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
         batch_size: rows a batch, of each replica of the model.
         gradient_accumulation_steps: batches whose gradients add up to one step.
-        lr: highest learning rate.
+        lr: highest learning rate; by default 0.01 for prompt, 0.001 for the other methods.
         warmup_steps: steps over which the learning rate rises.
         lr_scheduler: how it falls: cosine, linear, polynomial, inverse_sqrt,
             cosine_with_restarts, or not at all: constant, constant_with_warmup.
@@ -116,7 +116,7 @@ class TuningOptions:
     max_steps: int = -1
     batch_size: int = option(8, at_least=1, must_stay=True)
     gradient_accumulation_steps: int = option(1, at_least=1, must_stay=True)
-    lr: float = option(1e-2, must_stay=True)
+    lr: float | None = None
     warmup_steps: int = option(10, at_least=0, must_stay=True)
     lr_scheduler: str = option("cosine", must_stay=True)
     max_seq_len: int = option(256, must_stay=True)
@@ -141,12 +141,12 @@ class TuningOptions:
         check_fields(self)
         leaves_room = self.num_virtual_tokens < self.max_seq_len
         checks = {
-            "lr": (0 < self.lr < float("inf"), "above 0"),
+            "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
+            "lr": (self.lr is None or 0 < self.lr < float("inf"), "above 0"),
             "num_epochs": (0 < self.num_epochs < float("inf"), "above 0"),
             "max_steps": (self.max_steps == -1 or self.max_steps > 0, "at least 1, or -1"),
             "seed": (self.seed < 2**32, "below 2**32"),
             "num_virtual_tokens": (leaves_room, f"below --max_seq_len {self.max_seq_len}"),
-            "method": (self.method in METHODS, f"one of {', '.join(METHODS)}"),
             "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
             "init_prompt": (self.init != "text" or self.init_prompt, "a text, or --init vocab"),
             "report_to": (self.report_to in REPORTS, f"one of {', '.join(REPORTS)}"),
@@ -167,10 +167,15 @@ class TuningOptions:
                 f"{needed[0]}"
             )
 
+    @property
+    def highest_lr(self) -> float:
+        """The highest learning rate: the one that is given, or the method's."""
+        return METHODS[self.method] if self.lr is None else self.lr
+
     def must_stay(self) -> dict:
         """The options without which a resumed run would not go on with what it began."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata.get("must_stay")]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"lr": self.highest_lr}
 
 
 @dataclass(frozen=True)

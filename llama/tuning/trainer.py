@@ -59,7 +59,7 @@ def training_arguments(
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.lr,
+        learning_rate=options.highest_lr,
         warmup_steps=options.warmup_steps,
         lr_scheduler_type=options.lr_scheduler,
         max_grad_norm=options.max_grad_norm,
