@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import hf_reference, make_ckpt
 
 from llama.tuning.adapter import load_soft_prompt, save_adapter
-from llama.tuning.methods import network_size
+from llama.tuning.methods import SCALE, network_size
 from llama.tuning.model import add_soft_prompt, encoder_of, soft_prompt_of
 from llama.tuning.options import INITS, METHODS
 
@@ -55,8 +55,10 @@ def test_what_is_saved_is_a_plain_prompt_with_the_loss_of_training(tmp_path, mod
 
 def test_residual_adds_a_networks_output_to_the_prompt(model):
     tuned, _ = trained(model, "residual")
-    state = list(encoder_of(tuned).state_dict().values())
-    prompt, down, down_bias, up, up_bias = state
+    state = {name.split("weight.", 1)[1]: x for name, x in encoder_of(tuned).state_dict().items()}
+    names = ("0.down.weight", "0.down.bias", "0.up.weight", "0.up.bias")
+    down, down_bias, up, up_bias = (state[name] for name in names)
+    prompt = state["0.start"] + SCALE * state["original"]
     normed = prompt / prompt.pow(2).mean(dim=1, keepdim=True).sqrt()
     expected = prompt + F.relu(normed @ down.T + down_bias) @ up.T + up_bias
     torch.testing.assert_close(soft_prompt_of(tuned), expected, rtol=0, atol=1e-5)

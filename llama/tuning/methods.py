@@ -5,26 +5,33 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-HIDDEN = (
-    512  # width of the networks: more than most prompts have vectors, and little beside a model
-)
+HIDDEN = 512  # width of the networks
+# What a step changes of a prompt is to be many times what it changes of a network's weights.
+SCALE = 30.0
 
 
 class Residual(nn.Module):
     """The prompt and what a network of two layers, which all its vectors share, adds to it.
 
-    Residual prompt tuning: Razdaibiedina et al., 2023, arXiv 2305.03937, section 3. The network
-    begins by adding nothing, and reads the vectors at a length of its own choice, since those of
-    one model are much longer than those of another; the paper has a LayerNorm behind it instead.
+    Residual prompt tuning: Razdaibiedina et al., 2023, arXiv 2305.03937, section 3. Here the
+    network begins by adding nothing, and reads the vectors at a length of its own choice, since
+    those of one model are much longer than those of another; the paper has a LayerNorm behind it
+    instead. Of the prompt its change from start (num_virtual_tokens, dim) is trained, in units of
+    SCALE, so that one learning rate suits it and the network.
     """
 
-    def __init__(self, dim: int) -> None:
+    start: torch.Tensor
+
+    def __init__(self, start: torch.Tensor) -> None:
         super().__init__()
+        dim = start.shape[1]
+        self.register_buffer("start", start.clone())
         self.down, self.up = nn.Linear(dim, HIDDEN), nn.Linear(HIDDEN, dim)
         _zero(self.up)
 
-    def forward(self, prompt: torch.Tensor) -> torch.Tensor:
+    def forward(self, change: torch.Tensor) -> torch.Tensor:
         """Return the prompt that the model gets, (num_virtual_tokens, dim)."""
+        prompt = self.start + SCALE * change
         return prompt + self.up(F.relu(self.down(F.rms_norm(prompt, prompt.shape[-1:]))))
 
 
@@ -63,16 +70,17 @@ def reparametrise(embedding: nn.Embedding, method: str, start: torch.Tensor | No
     prompt, whoever asks for it; the parameters are what is trained.
     """
     weight = embedding.weight
-    dim = weight.shape[1]
-    if method == "p_tuning":
-        network: nn.Module = PTuning(start, dim)
+    if start is not None:
+        weight.data.copy_(start)
+    if method == "residual":
+        network: nn.Module = Residual(weight.data)
+        nn.init.zeros_(weight)
+    elif method == "p_tuning":
+        network = PTuning(start, weight.shape[1])
         nn.init.normal_(weight)
     else:
-        network = Residual(dim)
-        if start is not None:
-            weight.data.copy_(start)
-    if method != "prompt":
-        parametrize.register_parametrization(embedding, "weight", network.to(weight.device))
+        return
+    parametrize.register_parametrization(embedding, "weight", network.to(weight.device))
 
 
 def network_size(method: str, dim: int) -> int:
@@ -80,5 +88,5 @@ def network_size(method: str, dim: int) -> int:
     if method == "prompt":
         return 0
     with torch.device("meta"):
-        network = Residual(dim) if method == "residual" else PTuning(None, dim)
+        network = Residual(torch.empty(0, dim)) if method == "residual" else PTuning(None, dim)
     return sum(parameter.numel() for parameter in network.parameters())
