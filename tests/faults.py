@@ -42,7 +42,7 @@ OPTIONS = {
     "ft_main.py": {
         **{"dataset_path": REPO / "datasets" / "short_answers.json", "max_seq_len": 64},
         **{"batch_size": 2, "num_virtual_tokens": 8, "lr": 1e-3, "max_steps": 12},
-        **{"save_steps": 4, "logging_steps": 2, "val_set_size": 4, "eval_steps": 6},
+        **{"save_steps": 4, "logging_steps": 1, "val_set_size": 4, "eval_steps": 6},
     },
 }
 
