@@ -285,7 +285,7 @@ def sum_of_columns(patch: pytest.MonkeyPatch) -> None:
 
 def ids_of_16_bits(patch: pytest.MonkeyPatch) -> None:
     real = dist.broadcast
-    patch.setattr(dist, "broadcast", lambda ids, src: real(ids.short(), src))
+    patch.setattr(dist, "broadcast", lambda ids, **of: real(ids.short(), **of))
 
 
 def mask_with_groups(patch: pytest.MonkeyPatch) -> None:
