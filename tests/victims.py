@@ -56,8 +56,8 @@ from llama.tokenizer import Tokenizer
 from llama.tuning.adapter import load_soft_prompt, save_adapter, warn_of_another_model
 from llama.tuning.data import tokenize_dataset
 from llama.tuning.model import add_soft_prompt
-from llama.tuning.run_folder import newest_checkpoint
 from llama.tuning.options import TuningOptions
+from llama.tuning.run_folder import newest_checkpoint
 from llama.tuning.trainer import training_arguments
 
 Files = dict[str, bytes]  # content by name
@@ -258,7 +258,7 @@ def read_adapter(folder: Path) -> object:
 
 def read_run(folder: Path) -> object:
     if newest_checkpoint(folder / "out") is None:
-        raise ValueError("no whole checkpoint: the run begins anew")
+        raise ValueError(f"{folder}/out: no whole checkpoint, so the run would begin anew")
     ft_main.main(tuning_options(folder, max_steps=3, resume=True))
     prompt = load_soft_prompt(folder / "out", DIM)
     return sha256_of(prompt)
