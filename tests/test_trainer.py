@@ -238,6 +238,7 @@ def test_a_signal_saves_a_checkpoint_first_and_a_resumed_run_differs_in_nothing(
     evaluated, monkeypatch, during, call, step, predicted
 ):
     (folder, reference), calls = evaluated, Counter()
+    handler = signal.getsignal(signal.SIGINT)
 
     def counted(name):
         before = getattr(trainer.PromptTrainer, name)
@@ -260,7 +261,7 @@ def test_a_signal_saves_a_checkpoint_first_and_a_resumed_run_differs_in_nothing(
             tune(folder, name, **EVALUATED)
     assert end.value.code == 130
     assert calls["prediction_step"] == predicted
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
     assert (folder / name / f"checkpoint-{step}").is_dir() == (step > 0)
     out = tune(folder, name, **EVALUATED, resume=True)
     assert_same_outcome(out, reference)
