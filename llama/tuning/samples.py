@@ -48,7 +48,7 @@ class Samples(transformers.TrainerCallback):
         answers = self.answer(prompt_ids, soft_prompt_of(model).detach())
         lines = []
         for prompt, question, answer in zip(self.prompts, self.questions, answers):
-            asked = cli.shown(prompt, 80, ending=79)  # what differs stands at the end
+            asked = cli.shown(prompt, 80, ending=80)  # what differs stands at the end
             cli.say(f"step {state.global_step}, sample: {asked} -> {cli.shown(answer)}")
             found = {"step": state.global_step, "prompt": prompt}
             lines.append(found | {"expected": question.wanted, "answer": answer})
