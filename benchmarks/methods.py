@@ -47,8 +47,9 @@ def main(
     from llama.checkpoint.formats import open_pair
     from llama.generation import LLaMA, load_model
     from llama.tuning.data import split_dataset, tokenize_dataset
-    from llama.tuning.evaluate import mean_loss, question_of, wrong_answers
+    from llama.tuning.evaluate import mean_loss, wrong_answers
     from llama.tuning.options import TuningOptions
+    from llama.tuning.templates import question_of
 
     transformers.logging.set_verbosity_error()
     ckpt, tokenizer = open_pair(ckpt_dir, None, None)
@@ -94,7 +95,7 @@ def main(
             trainer = make(generator, options, data, train_rows, hf_dir)
             prompts = kept_prompts(every)
             trainer.add_callback(prompts)
-            trainer.train()
+            trainer.run(None) if make is with_ours else trainer.train()
         losses = {}
         for step, (seconds, prompt) in prompts.found.items():
             generator.soft_prompt = prompt
