@@ -171,7 +171,9 @@ def _by_replicas(generator: LLaMA, prompts: list, flags: GenerationOptions) -> I
         params["seed"] = (params["seed"] + parallel.replica()) % 2**32
     own = generator.outputs(prompts[share], **params) if prompts[share] else iter(())
     places = [i * flags.n + j for i in range(len(prompts))[share] for j in range(flags.n)]
-    return parallel.merged(len(prompts) * flags.n, zip(places, own))
+    made = ((place, dataclasses.asdict(output)) for place, output in zip(places, own))
+    for found in parallel.merged(len(prompts) * flags.n, made):
+        yield Output(**found | {"timing": Timing(**found["timing"])})
 
 
 def template_of(generator: LLaMA) -> ChatTemplate:
