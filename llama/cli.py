@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,9 +163,8 @@ def _fail(message: str, wait: bool, speak: bool, code: int = 1) -> NoReturn:
     if wait:
         time.sleep(SILENT_EXIT_DELAY)
     if speak:
-        # Over a bar that is half drawn, which may be another rank's.
-        clear_line = "\r\x1b[2K" if sys.stderr.isatty() else ""
-        print("\n" if _mid_line else clear_line, message, sep="", file=sys.stderr, flush=True)
+        bar = "\r\x1b[2K" if sys.stderr.isatty() else ""  # half drawn, maybe another rank's
+        print("\n" if _mid_line else bar, message, sep="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()
     os._exit(code)  # not sys.exit: the process group's threads may wait for ranks that are gone
@@ -377,22 +377,24 @@ def memory_limit(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-class MemoryWatch(threading.Thread):
+class MemoryWatch:
     """Follow the peak of a process's anonymous resident memory, in bytes; no mapped files.
 
     Pages of a mapped file are the kernel's to drop, so they are no memory that the process needs.
+    It watches until nothing refers to it any more.
     """
 
     def __init__(self, pid: int | str = "self", interval: float = 0.01) -> None:
-        super().__init__(daemon=True)
-        self.status = Path(f"/proc/{pid}/status")
-        self.interval = interval
         self.peak = 0
-        self.start()
+        follow = weakref.ref(self), Path(f"/proc/{pid}/status"), interval
+        threading.Thread(target=_follow_memory, args=follow, daemon=True).start()
 
-    def run(self) -> None:
-        # The file is empty or gone when the process is.
-        with contextlib.suppress(OSError):
-            while found := re.search(r"RssAnon:\s+(\d+) kB", self.status.read_text()):
-                self.peak = max(self.peak, int(found[1]) * 1024)
-                time.sleep(self.interval)
+
+def _follow_memory(watch: weakref.ref[MemoryWatch], status: Path, interval: float) -> None:
+    with contextlib.suppress(OSError):  # the file is empty or gone when the process is
+        while found := re.search(r"RssAnon:\s+(\d+) kB", status.read_text()):
+            if not (followed := watch()):
+                break
+            followed.peak = max(followed.peak, int(found[1]) * 1024)
+            del followed  # which would keep it alive
+            time.sleep(interval)

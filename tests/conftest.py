@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -20,6 +21,7 @@ import pytest
 import torch
 import transformers
 from random_model import random_source
+from tqdm import tqdm
 
 from llama.checkpoint.folder import Checkpoint, shard_name
 from llama.checkpoint.hf import hf_config
@@ -30,6 +32,8 @@ REPO = Path(__file__).parent.parent
 # One thread a rank: the ranks of a test share few cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A child that is killed while it draws a bar would hold its parent's bars for ever.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 
 # The files that take longest: begun first, the two processes of `make test` end at the same time.

@@ -1,12 +1,16 @@
 """The command line: flags by their types, help, mistakes in one line, memory watched."""
 
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, run_script
+from tqdm import tqdm
 
 from llama import cli
 
@@ -161,6 +165,32 @@ def test_a_process_that_is_stopped_does_not_run_out_of_time(tmp_path):
         "os.kill(child, signal.SIGCONT)\nprint(os.waitpid(child, 0)[1])\n"
     )
     assert run_script(tmp_path / "script.py").stdout == "0\n"
+
+
+def test_memory_watch_ends_with_what_refers_to_it():
+    before = threading.active_count()
+    watch = cli.MemoryWatch()
+    assert threading.active_count() == before + 1
+    while not watch.peak:
+        time.sleep(0.01)
+    del watch
+    until = time.monotonic() + 30
+    while threading.active_count() > before:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_forked_child_that_is_killed_holds_no_bar_of_its_parents():
+    cli.progress_bar("working").close()  # which makes the lock that children would share
+    pid = os.fork()
+    if not pid:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    bar = threading.Thread(target=cli.progress_bar, args=["working"], daemon=True)
+    bar.start()
+    bar.join(30)
+    assert not bar.is_alive()
 
 
 def test_memory_watch_sees_memory_and_no_mapped_file(tmp_path):

@@ -124,12 +124,12 @@ def test_a_kill_leaves_no_folder_that_is_wrong_and_a_rerun_ends_well(tmp_path, g
 
 
 MEASURED = """
-import sys
+import sys, time
 from llama.checkpoint.convert import convert
 from llama.checkpoint.formats import open_any
 from llama.cli import MemoryWatch
 watch = MemoryWatch()
-watch.join(0.1)
+time.sleep(0.1)
 before = watch.peak
 for to in ("hf", "gguf"):
     convert(open_any(sys.argv[1] + "/ckpt"), sys.argv[1] + "/" + to, to)
