@@ -64,10 +64,11 @@ $(DEMO)/params.json: | $(VENV)/installed
 $(DEMO)_fs3/params.json: | $(DEMO)/params.json
 	$(VENV)/bin/python split_model.py --ckpt_dir $(DEMO) --n 3
 
-# lint, then run all tests, on the CPU and offline, two files at a time
+# lint, then run all tests, on the CPU and offline, two files at a time; one that hangs ends a worker,
+# whose successor would only run it once more
 test: lint check-cuda
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile \
-		--no-loadscope-reorder
+		--no-loadscope-reorder --max-worker-restart 0
 
 # prove what a CPU can of the path on GPUs: devices, collectives, waits, memory, on a pretended card
 check-cuda: $(VENV)/installed

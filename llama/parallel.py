@@ -281,6 +281,12 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def check_same(value: object, message: str) -> None:
+    """Raise ValueError with a message, on every rank, unless all of them have the same value."""
+    if any(other != value for other in gather_objects(value)):
+        raise ValueError(message)
+
+
 def broadcast_in_model(x: torch.Tensor) -> None:
     """Give x, as the first rank of this model has it, to the others of them."""
     if model_size() > 1:

@@ -60,7 +60,7 @@ KNOWN = {  # by a token that the vocabulary must have
 # of Unicode, but one for a program's own use.
 MARK = "\ufdd0"
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 
 
 class ChatTemplate:

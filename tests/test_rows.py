@@ -197,6 +197,14 @@ CONVERSATIONS = {
     ),
     "two users": (json.dumps([*CHAT, CHAT[1], CHAT[1]]), "message 5: roles out of order: user"),
     "a tool": (json.dumps([*CHAT, {"role": "tool", "content": "x"}]), "message 4: roles out of"),
+    "a weight of 2": (
+        json.dumps([*CHAT[:-1], CHAT[-1] | {"weight": 2}]),
+        f"message {len(CHAT)}: a weight is 0 or 1, not 2",
+    ),
+    "nothing of weight": (
+        json.dumps([message | {"weight": 0} for message in CHAT]),
+        "nothing is to be learned",
+    ),
     "system later": (json.dumps([*CHAT, CHAT[0]]), "message 4: the system message comes first"),
 }
 BAD_ROWS = {

@@ -278,6 +278,19 @@ def test_every_turn_of_the_assistant_is_learned_and_nothing_else(tmp_path, kind)
     assert as_a_whole > 150
 
 
+def test_a_turn_of_weight_0_is_not_learned_and_one_of_weight_1_is(tmp_path):
+    encoder = chat_encoder(tmp_path / "m", CHATML)
+    texts = [("user", "One?"), ("assistant", "1."), ("user", "Two?"), ("assistant", "22.")]
+    messages = [{"role": role, "content": text} for role, text in texts]
+    whole = encoder.encode({"messages": messages}, 999)
+    first = encoder.encode({"messages": messages[:2]}, 999).ids
+    messages[1]["weight"], messages[3]["weight"] = 0, 1
+    weighted = encoder.encode({"messages": messages}, 999)
+    assert weighted.ids == whole.ids
+    assert weighted.labels == [-100] * len(first) + whole.labels[len(first) :]
+    assert 0 < weighted.n_learned < whole.n_learned
+
+
 def test_a_default_system_message_and_texts_around_turns_are_not_learned(tmp_path):
     source = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe<|im_end|>{% endif %}"
     encoder = chat_encoder(tmp_path / "m", source + CHATML)

@@ -133,7 +133,7 @@ def _encoded(
             tokens = encoder.encode(row, room.longest)
         n = len(tokens.ids)
         counts["rows"] += 1
-        if n > room.longest:
+        if n > room.longest or not (tokens.n_learned or train_on_inputs):
             counts["left out"] += 1
             counts["shortest"] = min(n, counts["shortest"] or n)
             continue

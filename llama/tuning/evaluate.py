@@ -15,8 +15,6 @@ from llama import cli
 from llama.tuning.options import EvaluationOptions
 
 if TYPE_CHECKING:  # torch and what stands on it are imported where they are used: see main()
-    import torch
-
     from llama.checkpoint.weights import Source
     from llama.generation import LLaMA
     from llama.tokenizer import Tokenizer
@@ -65,6 +63,7 @@ def main(flags: EvaluationOptions) -> None:
 
     parallel.setup()  # before libraries that ask for cards
     from llama.checkpoint.formats import open_pair
+    from llama.files import sha256_of
     from llama.tuning.adapter import load_soft_prompt
     from llama.tuning.data import tokenize_dataset
     from llama.tuning.templates import question_of
@@ -81,7 +80,10 @@ def main(flags: EvaluationOptions) -> None:
         template=flags.template,
         columns=flags.columns,
     )
-    check_alike(data, prompts)
+    parallel.check_same(
+        [data.hashes, *map(sha256_of, prompts.values())],
+        "the ranks read different datasets or adapters; give all machines the same files",
+    )
     rows = choose(data.rows, flags)
     questions = [question_of(row, tokenizer) for row in rows] if flags.exact_match else []
     if not all(question.ids for question in questions):
@@ -111,18 +113,6 @@ def main(flags: EvaluationOptions) -> None:
             cli.show(score.as_json(name if name in prompts else None) + "\n")
         else:
             cli.show(f"{name:{width}}{score.as_cells()}\n")
-
-
-def check_alike(data: "TokenizedDataset", prompts: dict[str, "torch.Tensor"]) -> None:
-    """Raise ValueError, on every rank, unless all ranks have read the same."""
-    from llama import parallel
-    from llama.files import sha256_of
-
-    read = [data.hashes, *map(sha256_of, prompts.values())]
-    if any(other != read for other in parallel.gather_objects(read)):
-        raise ValueError(
-            "the ranks read different datasets or adapters; give all machines the same files"
-        )
 
 
 def build(

@@ -60,6 +60,7 @@ FORMS = (  # the first whose columns are there
 )
 COLUMNS = tuple(dict.fromkeys(name for form in FORMS for name in form.needed + form.optional))
 
+KEPT = ("role", "content", "weight")  # of a message
 Row = dict[str, Any]  # by our columns: texts, or "messages"
 Found = Iterator[tuple[str, object]]  # values as a file has them, each with its place for messages
 Choose = Callable[[list[str]], list[str]]  # of the columns that a file has, those to be read
@@ -154,8 +155,11 @@ def _row_of(form: Form, named: dict[str, str], where: str, value: object) -> Row
     return row
 
 
-def conversation(where: str, value: object) -> list[dict[str, str]]:
-    """The messages of a conversation with an answer in it; ValueError for anything else."""
+def conversation(where: str, value: object) -> list[dict[str, Any]]:
+    """The messages of a conversation with an answer in it; ValueError for anything else.
+
+    As OpenAI has it, a message of the assistant with "weight": 0 is not to be learned.
+    """
     if isinstance(value, list):
         value = [_from_sharegpt(message) for message in value]
     messages = check_messages(where, value, asks=False)
@@ -167,10 +171,14 @@ def conversation(where: str, value: object) -> list[dict[str, str]]:
                 f"{where}, message {number}: roles out of order: {role}, where {wanted} belongs: "
                 "behind the system message, if there is one, user and assistant take turns"
             )
-    if "assistant" not in turns:
-        raise ValueError(f"{where}: no message of an assistant, so nothing is to be learned")
+    for number, message in enumerate(messages, 1):
+        if (weight := message.get("weight")) not in (None, 0, 1):
+            raise ValueError(f"{where}, message {number}: a weight is 0 or 1, not {weight!r:.80}")
     # Nothing else: templates look at other keys, and Arrow's rows have all of them, as null.
-    return [{"role": x["role"], "content": x["content"]} for x in messages]
+    found = [{name: x[name] for name in KEPT if x.get(name) is not None} for x in messages]
+    if not any(x["role"] == "assistant" and x.get("weight") != 0 for x in found):
+        raise ValueError(f"{where}: no message of an assistant, so nothing is to be learned")
+    return found
 
 
 def _from_sharegpt(message: object) -> object:
@@ -178,7 +186,7 @@ def _from_sharegpt(message: object) -> object:
         return message
     role = message["from"]
     role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    return {"role": role, "content": message.get("value")}
+    return {"role": role, "content": message.get("value"), "weight": message.get("weight")}
 
 
 def _values(path: Path, choose: Choose) -> Found:

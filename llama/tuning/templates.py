@@ -144,7 +144,7 @@ def answer_of(row: Row) -> str:
 
 
 class ChatEncoder:
-    """Conversations in the chat template of a tokenizer: the assistant's turns are learned.
+    """Conversations in a tokenizer's chat template: the assistant's turns of weight 1 are learned.
 
     A turn is what stands behind the text that a chat asks the model to continue, up to and with the
     special token that ends it. Where that is not the turn's own text, there is no telling what the
@@ -190,16 +190,18 @@ class ChatEncoder:
 
     def _tokens(self, messages: Messages) -> Tokens:
         text, turns = self._turns(messages)
+        answers = [x for x in messages if x["role"] == "assistant"]
         ids: list[int] = []
         labels: list[int] = []
         done = 0
-        for start, end, n_end in turns:
+        for message, (start, end, n_end) in zip(answers, turns, strict=True):
             # From the special token that ends the turn before: nothing merges with that. But it is
             # there, as what is at the beginning of a text may be encoded in another way.
             asked, answer = encode_behind(self.template.encode, text[done:start], text[start:end])
             asked = asked[bool(ids) :]
             ids += asked + answer
-            labels += [IGNORE] * len(asked) + answer
+            learned = message.get("weight") != 0
+            labels += [IGNORE] * len(asked) + (answer if learned else [IGNORE] * len(answer))
             done = end - n_end
         return Tokens(ids, labels)
 
@@ -230,7 +232,8 @@ class ChatEncoder:
         return text, turns
 
     def _render(self, messages: Messages, **given: bool) -> str:
-        return self.template.render(messages, date=DATE, **given)
+        plain = [{"role": x["role"], "content": x["content"]} for x in messages]
+        return self.template.render(plain, date=DATE, **given)
 
 
 def _unclear(why: str) -> ValueError:

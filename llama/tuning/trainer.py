@@ -120,10 +120,10 @@ class PromptTrainer(transformers.Trainer):
             **options.must_stay(),
             **data.hashes,
         }
-        if any(facts != self.run_facts for facts in parallel.gather_objects(self.run_facts)):
-            raise ValueError(
-                "the ranks read different models or datasets; give all machines the same files"
-            )
+        parallel.check_same(
+            self.run_facts,
+            "the ranks read different models or datasets; give all machines the same files",
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:
         """The order of the rows. The Trainer calls this."""
@@ -155,11 +155,11 @@ class PromptTrainer(transformers.Trainer):
         """
         out = self.args.output_dir
         resumed = checkpoint and (checkpoint.name, hash_of(checkpoint / RUN))
-        if len(set(parallel.gather_objects(resumed))) > 1:
-            raise ValueError(
-                f"{out}: the ranks found different checkpoints to go on from; "
-                "copy the folder of the first machine to all others"
-            )
+        parallel.check_same(
+            resumed,
+            f"{out}: the ranks found different checkpoints to go on from; "
+            "copy the folder of the first machine to all others",
+        )
         if checkpoint is not None:
             check_same_run(checkpoint, self.run_facts, self.options.must_stay())
             self.state = read_state(checkpoint)
