@@ -80,7 +80,9 @@ def test_what_a_card_says_of_peft_gives_the_logits_that_we_give(saved):
 
 def test_the_commands_of_a_card_have_flags_that_there_are(saved, monkeypatch):
     folder, _, card, (options, facts) = saved
-    with_tokenizer = dataclasses.replace(options, tokenizer_path="tok", init_prompt="a|{b}\n" * 90)
+    with_tokenizer = dataclasses.replace(
+        options, tokenizer_path="tok", init="text", init_prompt="a|{b}\n" * 90
+    )
     other = model_card(with_tokenizer, facts, (7, 0), [])
     assert "example_ft.py --ckpt_dir" in other
     assert "--tokenizer_path tok --tuning_ckpt_path" in other

@@ -1,5 +1,6 @@
 """Tokenised datasets: mapped, counted, split, in batches; and the data in datasets/."""
 
+import itertools
 import json
 import re
 import resource
@@ -14,7 +15,15 @@ from test_templates import CHATML, ByteTokenizer, chat_encoder
 
 from datasets import Dataset
 from llama.tokenizer import Tokenizer
-from llama.tuning.data import LengthGrouped, collate, column, split_dataset, tokenize_dataset
+from llama.tuning.data import (
+    LengthGrouped,
+    collate,
+    column,
+    first_ids,
+    split_dataset,
+    tokenize_dataset,
+)
+from llama.tuning.options import TuningOptions
 from llama.tuning.rows import read_rows
 from llama.tuning.templates import alpaca_prompt
 
@@ -191,6 +200,27 @@ def test_a_split_takes_every_row_once_and_depends_on_the_seed_alone():
     for nothing_left in (-1, 20, 21):
         with pytest.raises(ValueError, match=f"val_set_size {nothing_left} .* 20 rows"):
             split_dataset(rows, nothing_left, seed=1)
+
+
+def test_a_prompt_starts_from_rows_of_which_the_last_is_whole_or_from_a_text():
+    tokens = Dataset.from_dict({"input_ids": [[i] * (2 + i % 3) for i in range(50)]})
+
+    def ids_of(n: int, seed: int = 0, **changes: object) -> list[int]:
+        paths = dict.fromkeys(("ckpt_dir", "dataset_path", "output_dir"), "none")
+        options = TuningOptions(**paths, num_virtual_tokens=n, seed=seed, **changes)
+        return first_ids(options, ByteTokenizer(), tokens.with_format("torch"))
+
+    def rows_of(ids: list[int]) -> list[list[int]]:
+        return [list(row) for _, row in itertools.groupby(ids)]
+
+    for n in (1, 10, 60):
+        assert len(ids_of(n)) == n
+        cut, *whole = rows_of(ids_of(n, init="rows"))
+        assert all(row == [row[0]] * (2 + row[0] % 3) for row in whole)
+        assert len(cut) <= 2 + cut[0] % 3
+    assert ids_of(10) == ids_of(10) != ids_of(10, seed=1)
+    assert sorted(map(tuple, rows_of(ids_of(200)))) == sorted(map(tuple, tokens["input_ids"]))
+    assert ids_of(10, init="text", init_prompt="Hi") == list(b"Hi")
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 100, 1003])

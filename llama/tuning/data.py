@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llama import cli, parallel
 from llama.files import hash_of, naming, naming_refusals
 from llama.tokenizer import Tokenizer
+from llama.tuning.options import ALPACA_PREAMBLE, TuningOptions
 from llama.tuning.rows import MANY, Dataset, Row, read_rows
 from llama.tuning.templates import IGNORE, ChatEncoder, PromptEncoder, Tokens, encoder_for
 
@@ -185,6 +186,20 @@ def split_dataset(rows: Dataset, val_set_size: int, seed: int) -> tuple[Dataset,
     shuffled = list(range(len(rows)))
     random.Random(seed).shuffle(shuffled)
     return rows.select(shuffled[val_set_size:]), rows.select(shuffled[:val_set_size])
+
+
+def first_ids(options: TuningOptions, tokenizer: Tokenizer, rows: Dataset) -> list[int]:
+    """The tokens whose embeddings a prompt starts from: those of rows, or of --init_prompt.
+
+    Rows are drawn by seed, until there are enough; the first of them is cut at its beginning.
+    """
+    if options.init != "rows":
+        return tokenizer.encode(options.init_prompt or ALPACA_PREAMBLE, bos=False)
+    n, ids = options.num_virtual_tokens, list[int]()
+    for row in random.Random(options.seed).sample(range(len(rows)), min(n, len(rows))):
+        if len(ids) < n:
+            ids = rows[row]["input_ids"].tolist() + ids
+    return ids[-n:]
 
 
 class LengthGrouped(torch.utils.data.Sampler[int]):

@@ -15,7 +15,7 @@ ALPACA_PREAMBLE = (
 )
 TEMPLATES = ("alpaca", "chat", "none")
 METHODS = {"prompt": 1e-2, "p_tuning": 1e-3, "residual": 1e-3}  # and their learning rates
-INITS = ("text", "vocab", "random")
+INITS = ("rows", "text", "vocab", "random")
 # Where losses can be logged, and the packages of which one is needed for it.
 REPORTS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -67,9 +67,10 @@ class TuningOptions:
         method: what the prompt is computed from while it is trained: residual, itself and a network
             that changes it; p_tuning, a network alone; prompt, itself alone. All give the same
             kind of adapter.
-        init: what it starts from: text, the embeddings of init_prompt; vocab, those of random
-            tokens; random, random vectors.
-        init_prompt: a text, cut or repeated to the length of the prompt.
+        init: what it starts from: rows, the embeddings of rows that are trained on, as many as its
+            length takes; text, those of init_prompt; vocab, those of random tokens; random, random
+            vectors.
+        init_prompt: for init text, cut or repeated to the prompt's length; by default Alpaca's.
         num_virtual_tokens: length of the prompt.
         num_epochs: passes over the data.
         max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
@@ -109,8 +110,8 @@ class TuningOptions:
     template: str | None = None
     columns: str | None = None
     method: str = option("residual", must_stay=True)
-    init: str = "text"
-    init_prompt: str = ALPACA_PREAMBLE
+    init: str = "rows"
+    init_prompt: str | None = None
     num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
     num_epochs: float = 3.0
     max_steps: int = -1
@@ -148,13 +149,15 @@ class TuningOptions:
             "seed": (self.seed < 2**32, "below 2**32"),
             "num_virtual_tokens": (leaves_room, f"below --max_seq_len {self.max_seq_len}"),
             "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
-            "init_prompt": (self.init != "text" or self.init_prompt, "a text, or --init vocab"),
+            "init_prompt": (self.init_prompt != "", "a text"),
             "report_to": (self.report_to in REPORTS, f"one of {', '.join(REPORTS)}"),
             "lr_scheduler": (self.lr_scheduler in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         }
         for name, (right, wanted) in checks.items():
             if not right:
                 raise ValueError(f"--{name} must be {wanted}, not {getattr(self, name)!r}")
+        if self.init_prompt and self.init != "text":
+            raise ValueError("--init_prompt goes with --init text")
         if self.patience and not self.val_set_size:
             raise ValueError("--patience goes with --val_set_size: rows to evaluate the loss on")
 
