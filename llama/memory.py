@@ -179,7 +179,7 @@ def table(
     dtype: torch.dtype | None,
     max_seq_len: int,
     max_batch_size: int,
-    num_virtual_tokens: int = 32,
+    num_virtual_tokens: int = 64,
 ) -> str:
     """A table of what cutting into n would write, and of what each rank then needs to run."""
     args, dtype = ckpt.args, dtype or ckpt.dtype

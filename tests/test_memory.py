@@ -134,7 +134,7 @@ def test_activations_are_what_a_loss_alone_allocates(tmp_path, vocab_size):
     assert plan.activations == pytest.approx(peak_of(loss), rel=0.05)
 
 
-TUNED = {"tuning": True, "num_virtual_tokens": 32}
+TUNED = {"tuning": True, "num_virtual_tokens": 64}
 LOSS = {"learned": 100}
 
 

@@ -77,7 +77,7 @@ def test_what_a_resumed_run_must_keep_is_known():
     assert kept == {
         **{"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 0.5, "warmup_steps": 10},
         **{"lr_scheduler": "cosine", "max_seq_len": 96, "val_set_size": 0, "max_grad_norm": 1.0},
-        **{"train_on_inputs": False, "seed": 0, "num_virtual_tokens": 32, "method": "residual"},
+        **{"train_on_inputs": False, "seed": 0, "num_virtual_tokens": 64, "method": "residual"},
         "quantize": None,
     }
 

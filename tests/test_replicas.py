@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def run_of(folder: Path, batch_size: int) -> dict:
     """Two passes over 17 rows in batches of 4, of all replicas together, and 9 to evaluate."""
-    rows = {"dataset_path": str(folder / "rows.json"), "val_set_size": 9}
+    rows = {"dataset_path": str(folder / "rows.json"), "val_set_size": 9, "init": "rows"}
     return RUN | rows | {"batch_size": batch_size, "gradient_accumulation_steps": 1}
 
 

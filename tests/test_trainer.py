@@ -48,7 +48,7 @@ MODEL = {"vocab_size": VOCAB_SIZE, "n_kv_heads": 1}  # fewer than ranks
 DATASET = REPO / "datasets" / "short_answers.json"
 RUN = {  # what is learned on several numbers of ranks
     **{"max_steps": 10, "warmup_steps": 2, "batch_size": 4, "seed": 4},
-    **{"save_steps": 5, "val_set_size": 8, "eval_steps": 5, "lr": 1e-5},
+    **{"save_steps": 5, "val_set_size": 8, "eval_steps": 5, "lr": 1e-5, "init": "text"},
     "lr_scheduler": "constant_with_warmup",  # which knows no end
 }
 
@@ -115,7 +115,7 @@ def test_two_ranks_learn_what_one_learns(runs):
     assert [step for step, _ in found] == [step for step, _ in expected]
     values = [torch.tensor([loss for _, loss in run]) for run in (found, expected)]
     torch.testing.assert_close(*values, rtol=1e-4, atol=0)
-    torch.testing.assert_close(prompt_of(two), prompt_of(one), rtol=0, atol=1e-4)
+    torch.testing.assert_close(prompt_of(two), prompt_of(one), rtol=0, atol=1e-6)
 
 
 def test_rank_0_alone_speaks_and_writes_what_is_needed_and_no_base_weights(runs):

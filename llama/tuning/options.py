@@ -112,7 +112,7 @@ class TuningOptions:
     method: str = option("residual", must_stay=True)
     init: str = "rows"
     init_prompt: str | None = None
-    num_virtual_tokens: int = option(32, at_least=1, must_stay=True)
+    num_virtual_tokens: int = option(64, at_least=1, must_stay=True)
     num_epochs: float = 3.0
     max_steps: int = -1
     batch_size: int = option(8, at_least=1, must_stay=True)
