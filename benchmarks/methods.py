@@ -22,6 +22,7 @@ from llama import cli
 
 REPO = Path(__file__).parent.parent
 WAY = ("dataset", "method", "init", "num_virtual_tokens", "lr", "steps")
+NAMES = {"peft_prompt": "PEFT's prompt", "peft_p_tuning": "PEFT's P-tuning"}
 HELD_OUT = 47  # rows of a dataset that has no file of its own for tests; always the same ones
 
 
@@ -201,7 +202,7 @@ def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
             panel.plot([place] * len(mine[key]), mine[key], "o", color=colour, alpha=0.6)
             mean = statistics.mean(mine[key])
             panel.plot([place - 0.3, place + 0.3], [mean, mean], color=colour)
-        names = [key[1].replace("peft_", "PEFT\n").replace("_", " ") for key in best]
+        names = [f"{NAMES.get(key[1], key[1])}\nfrom {key[2]}" for key in best]
         panel.set_xticks(range(len(best)), names)
         panel.set_title(f"{dataset}.json", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,7 @@ ALPACA_PREAMBLE = (
     "the request."
 )
 TEMPLATES = ("alpaca", "chat", "none")
-METHODS = {"prompt": 1e-2, "p_tuning": 1e-3, "residual": 1e-3}  # and their learning rates
+METHODS = {"prompt": 3e-2, "p_tuning": 1e-3, "residual": 1e-3}  # and their learning rates
 INITS = ("rows", "text", "vocab", "random")
 # Where losses can be logged, and the packages of which one is needed for it.
 REPORTS: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,7 @@ class TuningOptions:
         max_steps: steps to train for, whatever num_epochs says; -1 leaves it to num_epochs.
         batch_size: rows a batch, of each replica of the model.
         gradient_accumulation_steps: batches whose gradients add up to one step.
-        lr: highest learning rate; by default 0.01 for prompt, 0.001 for the other methods.
+        lr: highest learning rate; by default 0.03 for prompt, 0.001 for the other methods.
         warmup_steps: steps over which the learning rate rises.
         lr_scheduler: how it falls: cosine, linear, polynomial, inverse_sqrt,
             cosine_with_restarts, or not at all: constant, constant_with_warmup.
