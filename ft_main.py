@@ -41,7 +41,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     from llama.generation import LLaMA, load_model
     from llama.memory import check_tuning
     from llama.plan import Plan
-    from llama.tuning.data import column, first_ids, split_dataset, tokenize_dataset
+    from llama.tuning.data import column, init_ids, split_dataset, tokenize_dataset
     from llama.tuning.methods import network_size
     from llama.tuning.model import add_soft_prompt
     from llama.tuning.run_folder import where_to_begin
@@ -87,7 +87,7 @@ def tune(flags: TuningOptions, out: Path) -> None:
     model = add_soft_prompt(
         transformer,
         flags.num_virtual_tokens,
-        first_ids(flags, tokenizer, train_rows),
+        init_ids(flags, tokenizer, train_rows),
         flags.ckpt_dir,
         flags.method,
         flags.init,

@@ -163,8 +163,8 @@ def _fail(message: str, wait: bool, speak: bool, code: int = 1) -> NoReturn:
     if wait:
         time.sleep(SILENT_EXIT_DELAY)
     if speak:
-        bar = "\r\x1b[2K" if sys.stderr.isatty() else ""  # half drawn, maybe another rank's
-        print("\n" if _mid_line else bar, message, sep="", file=sys.stderr, flush=True)
+        clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # of a bar, which may be another rank's
+        print("\n" if _mid_line else clear, message, sep="", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()
     os._exit(code)  # not sys.exit: the process group's threads may wait for ranks that are gone

@@ -19,7 +19,7 @@ from llama.tuning.data import (
     LengthGrouped,
     collate,
     column,
-    first_ids,
+    init_ids,
     split_dataset,
     tokenize_dataset,
 )
@@ -208,7 +208,7 @@ def test_a_prompt_starts_from_rows_of_which_the_last_is_whole_or_from_a_text():
     def ids_of(n: int, seed: int = 0, **changes: object) -> list[int]:
         paths = dict.fromkeys(("ckpt_dir", "dataset_path", "output_dir"), "none")
         options = TuningOptions(**paths, num_virtual_tokens=n, seed=seed, **changes)
-        return first_ids(options, ByteTokenizer(), tokens.with_format("torch"))
+        return init_ids(options, ByteTokenizer(), tokens.with_format("torch"))
 
     def rows_of(ids: list[int]) -> list[list[int]]:
         return [list(row) for _, row in itertools.groupby(ids)]
@@ -219,8 +219,13 @@ def test_a_prompt_starts_from_rows_of_which_the_last_is_whole_or_from_a_text():
         assert all(row == [row[0]] * (2 + row[0] % 3) for row in whole)
         assert len(cut) <= 2 + cut[0] % 3
     assert ids_of(10) == ids_of(10) != ids_of(10, seed=1)
-    assert sorted(map(tuple, rows_of(ids_of(200)))) == sorted(map(tuple, tokens["input_ids"]))
-    assert ids_of(10, init="text", init_prompt="Hi") == list(b"Hi")
+    total = sum(map(len, tokens["input_ids"]))
+    once = ids_of(200)[-total:]  # all there is, behind what is there again
+    assert len(ids_of(200)) == 200 > total
+    assert sorted(map(tuple, rows_of(once))) == sorted(map(tuple, tokens["input_ids"]))
+    assert ids_of(200)[: 200 - total] == once[total - 200 :]
+    assert ids_of(5, init="text", init_prompt="Hi") == list(b"Hi")
+    assert ids_of(5, init="vocab") == []
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 100, 1003])

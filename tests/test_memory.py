@@ -19,6 +19,7 @@ from llama.checkpoint.quantized import quantized
 from llama.generation import load_model
 from llama.memory import Free, check_generation, check_tuning, ways_to_fit
 from llama.plan import Plan, weight_bytes
+from llama.tuning.options import TuningOptions
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 SIZES = {"vocab_size": 512, "n_kv_heads": 2}
@@ -134,7 +135,7 @@ def test_activations_are_what_a_loss_alone_allocates(tmp_path, vocab_size):
     assert plan.activations == pytest.approx(peak_of(loss), rel=0.05)
 
 
-TUNED = {"tuning": True, "num_virtual_tokens": 64}
+TUNED = {"tuning": True, "num_virtual_tokens": TuningOptions.num_virtual_tokens}
 LOSS = {"learned": 100}
 
 

@@ -31,6 +31,8 @@ BAD = [
     (TUNING, "save_steps", 0, "at least 1"),
     (TUNING, "patience", -1, "at least 0"),
     (TUNING, "patience", 3, "goes with --val_set_size"),
+    (TUNING, "init_prompt", "Hi", "goes with --init text: give that too"),
+    (TUNING, "init_prompt", "", "a text"),
     (TUNING, "report_to", "all", "one of none, tensorboard, wandb, not 'all'"),
     (TUNING, "logging_steps", 0, "at least 1"),
     (TUNING, "seed", -1, "at least 0"),

@@ -203,7 +203,7 @@ CONVERSATIONS = {
     ),
     "nothing of weight": (
         json.dumps([message | {"weight": 0} for message in CHAT]),
-        "nothing is to be learned",
+        "none but of weight 0, so nothing is to be learned",
     ),
     "system later": (json.dumps([*CHAT, CHAT[0]]), "message 4: the system message comes first"),
 }

@@ -289,6 +289,12 @@ def test_a_turn_of_weight_0_is_not_learned_and_one_of_weight_1_is(tmp_path):
     assert weighted.ids == whole.ids
     assert weighted.labels == [-100] * len(first) + whole.labels[len(first) :]
     assert 0 < weighted.n_learned < whole.n_learned
+    with_inputs = weighted.with_inputs()
+    learned_first = [i for i, label in enumerate(whole.labels[: len(first)]) if label != -100]
+    assert [i for i, label in enumerate(with_inputs.labels) if label == -100] == learned_first
+    # What is behind the last answer of weight 1 takes no room.
+    messages[1]["weight"], messages[3]["weight"] = 1, 0
+    assert encoder.encode({"messages": messages}, len(first)).ids == first
 
 
 def test_a_default_system_message_and_texts_around_turns_are_not_learned(tmp_path):

@@ -134,12 +134,12 @@ def _encoded(
             tokens = encoder.encode(row, room.longest)
         n = len(tokens.ids)
         counts["rows"] += 1
-        if n > room.longest or not (tokens.n_learned or train_on_inputs):
+        if n > room.longest:
             counts["left out"] += 1
             counts["shortest"] = min(n, counts["shortest"] or n)
             continue
         if train_on_inputs:
-            tokens = tokens._replace(labels=tokens.ids)
+            tokens = tokens.with_inputs()
         counts.update(cut=tokens.cut, asks=tokens.asks, tokens=n, learned=tokens.n_learned)
         yield tokens
 
@@ -188,18 +188,20 @@ def split_dataset(rows: Dataset, val_set_size: int, seed: int) -> tuple[Dataset,
     return rows.select(shuffled[val_set_size:]), rows.select(shuffled[:val_set_size])
 
 
-def first_ids(options: TuningOptions, tokenizer: Tokenizer, rows: Dataset) -> list[int]:
-    """The tokens whose embeddings a prompt starts from: those of rows, or of --init_prompt.
+def init_ids(options: TuningOptions, tokenizer: Tokenizer, rows: Dataset) -> list[int]:
+    """The tokens whose embeddings a prompt starts from, if any: of rows, or of --init_prompt.
 
     Rows are drawn by seed, until there are enough; the first of them is cut at its beginning.
     """
-    if options.init != "rows":
+    if options.init == "text":
         return tokenizer.encode(options.init_prompt or ALPACA_PREAMBLE, bos=False)
     n, ids = options.num_virtual_tokens, list[int]()
-    for row in random.Random(options.seed).sample(range(len(rows)), min(n, len(rows))):
-        if len(ids) < n:
+    if options.init == "rows":
+        for row in random.Random(options.seed).sample(range(len(rows)), min(n, len(rows))):
             ids = rows[row]["input_ids"].tolist() + ids
-    return ids[-n:]
+            if len(ids) >= n:
+                break
+    return (ids * n)[-n:]  # again from the last one where rows do not suffice
 
 
 class LengthGrouped(torch.utils.data.Sampler[int]):

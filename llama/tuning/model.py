@@ -70,9 +70,9 @@ def add_soft_prompt(
 ) -> peft.PeftModel:
     """Put a trainable prompt, in float32, in front of the model; all else is frozen.
 
-    init: what it starts from: "vocab" is the embeddings of random tokens, "random" random vectors,
-    all else the embeddings of init_ids, cut or repeated to its length (of random tokens if there
-    are none). The same on all ranks if their seeds are. method: what it is computed from, as in
+    init: what it starts from: "rows" and "text" are the embeddings of init_ids, cut or repeated to
+    its length, "vocab" those of random tokens (also for no init_ids), "random" random vectors. The
+    same on all ranks if their seeds are. method: what it is computed from, as in
     llama.tuning.methods.
     """
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)

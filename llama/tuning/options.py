@@ -8,7 +8,7 @@ from typing import Any
 from llama.cli import check_at_least
 from llama.options import check_dtype, check_max_seq_len, check_quantize
 
-# How Stanford Alpaca's prompts begin: what a soft prompt starts from.
+# How Stanford Alpaca's prompts begin; with --init text what a soft prompt starts from.
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request."
@@ -157,7 +157,7 @@ class TuningOptions:
             if not right:
                 raise ValueError(f"--{name} must be {wanted}, not {getattr(self, name)!r}")
         if self.init_prompt and self.init != "text":
-            raise ValueError("--init_prompt goes with --init text")
+            raise ValueError("--init_prompt goes with --init text: give that too")
         if self.patience and not self.val_set_size:
             raise ValueError("--patience goes with --val_set_size: rows to evaluate the loss on")
 

@@ -177,7 +177,10 @@ def conversation(where: str, value: object) -> list[dict[str, Any]]:
     # Nothing else: templates look at other keys, and Arrow's rows have all of them, as null.
     found = [{name: x[name] for name in KEPT if x.get(name) is not None} for x in messages]
     if not any(x["role"] == "assistant" and x.get("weight") != 0 for x in found):
-        raise ValueError(f"{where}: no message of an assistant, so nothing is to be learned")
+        raise ValueError(
+            f"{where}: no message of an assistant, or none but of weight 0, so nothing is to be "
+            "learned"
+        )
     return found
 
 

@@ -44,12 +44,20 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     labels: list[int]
+    never: tuple[slice, ...] = ()  # what is not to be learned even where all inputs are
     cut: bool = False  # whether a part was left out to fit
     asks: bool = False  # whether a question at the end was left out, as nothing answers it
 
     @property
     def n_learned(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE)
+
+    def with_inputs(self) -> "Tokens":
+        """The same row, with all but what is never learned to be learned."""
+        labels = list(self.ids)
+        for part in self.never:
+            labels[part] = [IGNORE] * len(labels[part])
+        return self._replace(labels=labels)
 
 
 @dataclass
@@ -175,6 +183,8 @@ class ChatEncoder:
         ]
         asks = messages[-1]["role"] == "user"
         messages = messages[: len(messages) - asks]
+        while messages[-1].get("weight") == 0:  # nothing behind the last answer is to be learned
+            messages = messages[:-2]
         with naming(self.file):
             whole = self._tokens(messages)
             if len(whole.ids) <= longest:
@@ -193,6 +203,7 @@ class ChatEncoder:
         answers = [x for x in messages if x["role"] == "assistant"]
         ids: list[int] = []
         labels: list[int] = []
+        never: list[slice] = []
         done = 0
         for message, (start, end, n_end) in zip(answers, turns, strict=True):
             # From the special token that ends the turn before: nothing merges with that. But it is
@@ -200,10 +211,12 @@ class ChatEncoder:
             asked, answer = encode_behind(self.template.encode, text[done:start], text[start:end])
             asked = asked[bool(ids) :]
             ids += asked + answer
-            learned = message.get("weight") != 0
-            labels += [IGNORE] * len(asked) + (answer if learned else [IGNORE] * len(answer))
+            labels += [IGNORE] * len(asked) + answer
+            if message.get("weight") == 0:
+                never.append(slice(len(ids) - len(answer), len(ids)))
+                labels[never[-1]] = [IGNORE] * len(answer)
             done = end - n_end
-        return Tokens(ids, labels)
+        return Tokens(ids, labels, tuple(never))
 
     def _turns(self, messages: Messages) -> tuple[str, list[tuple[int, int, int]]]:
         """A conversation as a text, and where in it each of the assistant's turns is.

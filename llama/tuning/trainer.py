@@ -16,7 +16,14 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from llama import cli, parallel
-from llama.files import hash_of, naming_refusals, new_folder, remove, write_whole
+from llama.files import (
+    hash_of,
+    naming_refusals,
+    new_folder,
+    remove,
+    sha256_of,
+    write_whole,
+)
 from llama.tuning.adapter import base_model_facts, save_adapter
 from llama.tuning.card import model_card
 from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column, own_rows
@@ -120,9 +127,11 @@ class PromptTrainer(transformers.Trainer):
             **options.must_stay(),
             **data.hashes,
         }
+        start = {name: sha256_of(x.cpu()) for name, x in encoder_of(model).state_dict().items()}
         parallel.check_same(
-            self.run_facts,
-            "the ranks read different models or datasets; give all machines the same files",
+            [self.run_facts, start],
+            "the ranks read different models or datasets, or start from different prompts; give "
+            "all machines the same files and flags",
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:

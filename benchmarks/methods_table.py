@@ -1,0 +1,92 @@
+"""The runs of methods.py as a table and a picture: of each way mean and spread over its seeds.
+
+python benchmarks/methods_table.py --runs benchmarks/methods.jsonl --picture docs/methods.svg
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from llama import cli
+
+WAY = ("dataset", "method", "init", "num_virtual_tokens", "lr", "steps", "batch_size")
+ALSO = ("lr_scheduler", "test_rows")  # in which the runs of a way are alike, too
+NAMES = {"peft_prompt": "PEFT's prompt", "peft_p_tuning": "PEFT's P-tuning"}
+
+
+def main(runs: str, picture: str = "") -> None:
+    """Print the table, and draw the picture where one is asked for."""
+    ways = by_way(Path(runs))
+    print_table(ways)
+    if picture:
+        draw(ways, Path(picture))
+
+
+def by_way(file: Path) -> dict[tuple, list[dict]]:
+    """The runs of a file by all but the seed: dataset, method, and so on."""
+    ways: dict[tuple, list[dict]] = {}
+    for line in file.read_text().splitlines():
+        run = json.loads(line)
+        key = tuple(run[name] for name in WAY + ALSO)
+        ways.setdefault(key, []).append(run)
+    return dict(sorted(ways.items()))
+
+
+def last(run: dict, name: str) -> float:
+    """The loss, or the seconds, at a run's last step."""
+    return run[name][str(run["steps"])]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def print_table(ways: dict[tuple, list[dict]]) -> None:
+    """Print a line of Markdown for each way."""
+    print("| dataset | method | from | length | rate | steps | rows | seeds | test loss | right |")
+    print("|---" * 10 + "|")
+    for key, runs in ways.items():
+        right = ""
+        if all("wrong" in run for run in runs):
+            asked = runs[0]["asked"]
+            right = f"{spread([asked - run['wrong'] for run in runs], 1)} of {asked}"
+        loss = spread([last(run, "loss") for run in runs], 3)
+        print("|", *(f"{cell} |" for cell in (*key[: len(WAY)], len(runs), loss, right)))
+
+
+def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
+    """Draw the test losses of each way with several seeds: a dot a seed, a line at their mean."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"], rcParams["svg.fonttype"] = "llama", "none"  # the same file each time
+    rcParams["font.sans-serif"] = ["Helvetica", "Arial", "sans-serif"]
+    shown = {key: runs for key, runs in ways.items() if len(runs) > 1}
+    if not shown:
+        raise ValueError("--picture: no way in the file has several seeds")
+    datasets = sorted({key[0] for key in shown})
+    figure = Figure(figsize=(9.2, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+    for panel, dataset in zip(panels, datasets):
+        mine = {
+            key: [last(run, "loss") for run in shown[key]] for key in shown if key[0] == dataset
+        }
+        best = sorted(mine, key=lambda key: statistics.mean(mine[key]))
+        for place, key in enumerate(best):
+            colour = "#c8641e" if key[1].startswith("peft") else "#2b6ca3"
+            panel.plot([place] * len(mine[key]), mine[key], "o", color=colour, alpha=0.6)
+            mean = statistics.mean(mine[key])
+            panel.plot([place - 0.3, place + 0.3], [mean, mean], color=colour)
+        names = [f"{NAMES.get(key[1], key[1])}\nfrom {key[2]}" for key in best]
+        panel.set_xticks(range(len(best)), names)
+        panel.set_title(f"{dataset}.json", fontsize=11)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_ylim(bottom=0 if dataset == "appointments" else None)
+    panels[0].set_ylabel("test loss a token")
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    cli.run(main)
