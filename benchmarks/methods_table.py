@@ -11,7 +11,7 @@ from llama import cli
 
 WAY = ("dataset", "method", "init", "num_virtual_tokens", "lr", "steps", "batch_size")
 ALSO = ("lr_scheduler", "test_rows")  # in which the runs of a way are alike, too
-NAMES = {"peft_prompt": "PEFT's prompt", "peft_p_tuning": "PEFT's P-tuning"}
+NAMES = {"peft_prompt": "PEFT's\nprompt", "peft_p_tuning": "PEFT's\nP-tuning"}
 
 
 def main(runs: str, picture: str = "") -> None:
@@ -57,13 +57,15 @@ def print_table(ways: dict[tuple, list[dict]]) -> None:
 
 
 def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
-    """Draw the test losses of each way with several seeds: a dot a seed, a line at their mean."""
+    """Draw the test losses of PEFT's ways, and of all with several seeds.
+
+    A dot is a seed, a line their mean.
+    """
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams["svg.hashsalt"], rcParams["svg.fonttype"] = "llama", "none"  # the same file each time
-    rcParams["font.sans-serif"] = ["Helvetica", "Arial", "sans-serif"]
-    shown = {key: runs for key, runs in ways.items() if len(runs) > 1}
+    shown = {key: runs for key, runs in ways.items() if len(runs) > 1 or key[1] in NAMES}
     if not shown:
         raise ValueError("--picture: no way in the file has several seeds")
     datasets = sorted({key[0] for key in shown})
