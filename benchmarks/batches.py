@@ -30,7 +30,7 @@ def main(ckpt_dir: str, check: bool = False) -> None:
 
     def run(numbers: Sequence[int], limits: list[int]) -> list[Row]:
         params = [SamplingParams(limits[i], 0) for i in numbers]
-        rows = [generator._row(prompts[i], f"{i}", made) for i, made in zip(numbers, params)]
+        rows = [generator._row(prompts[i], f"{i}", made, {}) for i, made in zip(numbers, params)]
         list(generator._in_order(rows, generator._sampler(params[0])))
         return rows
 
