@@ -32,9 +32,9 @@ def by_way(file: Path) -> dict[tuple, list[dict]]:
     return dict(sorted(ways.items()))
 
 
-def last(run: dict, name: str) -> float:
-    """The loss, or the seconds, at a run's last step."""
-    return run[name][str(run["steps"])]
+def last_loss(run: dict) -> float:
+    """The test loss at a run's last step."""
+    return run["loss"][str(run["steps"])]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -52,7 +52,7 @@ def print_table(ways: dict[tuple, list[dict]]) -> None:
         if all("wrong" in run for run in runs):
             asked = runs[0]["asked"]
             right = f"{spread([asked - run['wrong'] for run in runs], 1)} of {asked}"
-        loss = spread([last(run, "loss") for run in runs], 3)
+        loss = spread([last_loss(run) for run in runs], 3)
         print("|", *(f"{cell} |" for cell in (*key[: len(WAY)], len(runs), loss, right)))
 
 
@@ -72,9 +72,7 @@ def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(9.2, 3.2), layout="constrained")
     panels = figure.subplots(1, len(datasets), squeeze=False)[0]
     for panel, dataset in zip(panels, datasets):
-        mine = {
-            key: [last(run, "loss") for run in shown[key]] for key in shown if key[0] == dataset
-        }
+        mine = {key: [last_loss(run) for run in shown[key]] for key in shown if key[0] == dataset}
         best = sorted(mine, key=lambda key: statistics.mean(mine[key]))
         for place, key in enumerate(best):
             colour = "#c8641e" if key[1].startswith("peft") else "#2b6ca3"

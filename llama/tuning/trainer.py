@@ -16,14 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from llama import cli, parallel
-from llama.files import (
-    hash_of,
-    naming_refusals,
-    new_folder,
-    remove,
-    sha256_of,
-    write_whole,
-)
+from llama.files import hash_of, naming_refusals, new_folder, remove, sha256_of, write_whole
 from llama.tuning.adapter import base_model_facts, save_adapter
 from llama.tuning.card import model_card
 from llama.tuning.data import Dataset, LengthGrouped, TokenizedDataset, collate, column, own_rows
