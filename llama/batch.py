@@ -26,8 +26,8 @@ class Batch:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.rows: list[Row] = []
-        ours = kernels() if cache.rows.device.type == "cpu" else None
-        self.decoder = Decoder(ours, model, cache) if ours else None
+        ours = cache.rows.device.type == "cpu" and kernels()
+        self.decoder = Decoder(model, cache) if ours else None
 
     @torch.inference_mode()
     def add(self, rows: list[Row], kept: int = 0, echo: bool = False) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """A step of one token a row on a CPU: Transformer.forward's, in two calls of kernels a layer."""
 
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,14 @@ from llama.model import Transformer
 class Decoder:
     """Reads a token a row into a KV cache, as Transformer.hidden_states does.
 
-    Hidden states are float32 between layers, whatever the weights are. kernels: llama.kernels.
+    Hidden states are float32 between layers, whatever the weights are. Where layers.kernels() gives
+    None there can be none.
     """
 
-    def __init__(self, kernels: ModuleType, model: Transformer, cache: KVCache) -> None:
-        self.kernels, self.model = kernels, model
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        from llama import kernels, step  # here, as they need numba
+
+        self.kernels, self.step, self.model = kernels, step, model
         # what attention() and feed_forward() take of each layer
         self.layers: list[tuple[tuple, tuple]] = []
         for layer, cached in zip(model.layers, cache.layers):
@@ -42,14 +44,14 @@ class Decoder:
 
         Returns what the output layer reads, (bsz, dim).
         """
-        kernels, model, starts = self.kernels, self.model, np.array(start_pos)
+        step, model, starts = self.step, self.model, np.array(start_pos)
         freqs = torch.view_as_real(model.rotations(torch.from_numpy(starts))).numpy()
         h = model.tok_embeddings(torch.tensor(ids)).float().numpy()  # (bsz, dim)
         part = torch.empty(h.shape)  # of what is added to h, this rank's
-        common = part.numpy(), model.args.norm_eps, kernels.n_threads()
+        common = part.numpy(), model.args.norm_eps, self.kernels.n_threads()
         for attention, feed_forward in self.layers:
-            kernels.attention(h, *attention, freqs, starts, *common)
+            step.attention(h, *attention, freqs, starts, *common)
             h += sum_over_ranks(part).numpy()
-            kernels.feed_forward(h, *feed_forward, *common)
+            step.feed_forward(h, *feed_forward, *common)
             h += sum_over_ranks(part).numpy()
         return model.norm(torch.from_numpy(h).to(model.norm.weight.dtype))

@@ -16,13 +16,13 @@ import torch
 if "numba" not in sys.modules:  # else they may have begun
     os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
 import numba
-from llvmlite import binding, ir
-from numba import njit, prange, types
-from numba.extending import intrinsic, overload
+from llvmlite import binding
+from numba import njit, prange
+from numba.extending import overload
 
-from llama.quantize import QuantizedWeight, pack
+from llama.intrinsics import f32, high, low, prefetch, widen
+from llama.quantize import QuantizedWeight
 
-f32 = np.float32
 MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 # Sums in any order, so that they are vectors'; but NaN stays NaN.
 FASTMATH = {"reassoc", "contract", "nsz"}
@@ -32,90 +32,34 @@ numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # the thread
 if (flags := binding.get_host_cpu_features()).get("sse2") and not flags.get("f16c"):
     raise ImportError("this CPU does not convert float16 by itself")
 
-# Functions of a docstring alone are compiled as the @overload below them says.
 # numba has neither half precision: of bfloat16 it is given the bits as uint16, of float16 as int16.
 ARRAYS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
-@intrinsic
-def of_float16(typing: Any, bits: Any) -> Any:
-    """The float32 of a float16's bits, int16."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(bits), build
-
-
-@intrinsic
-def to_float16(typing: Any, number: Any) -> Any:
-    """The bits of the float16 nearest to a float32, int16."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(number), build
-
-
-def widen(number: Any) -> Any:
-    """The float32 of a number in an array: float32, or the bits of a half precision."""
-
-
-@overload(widen, inline="always")
-def _(number):  # type: ignore[no-untyped-def]
-    if isinstance(number, types.Float):
-        return lambda number: number
-    if number == types.int16:
-        return lambda number: of_float16(number)  # type: ignore[call-arg]
-    return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(f32)
-
-
-def put(array: Any, place: Any, number: Any) -> None:
-    """Write a float32 into an array such as widen() reads, rounded to the nearest."""
-
-
-@overload(put)
-def _(array, place, number):  # type: ignore[no-untyped-def]
-    def to_float32(array, place, number):  # type: ignore[no-untyped-def]
-        array[place] = number
-
-    def to_bfloat16(array, place, number):  # type: ignore[no-untyped-def]
-        bits = f32(number).view(np.uint32)
-        # half of the last bit that stays is added, less a little if that is even
-        bits += np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-        array[place] = np.uint16(bits >> np.uint32(16) if number == number else 0x7FC0)
-
-    def as_float16(array, place, number):  # type: ignore[no-untyped-def]
-        array[place] = to_float16(f32(number))  # type: ignore[call-arg]
-
-    if isinstance(array.dtype, types.Float):
-        return to_float32
-    return as_float16 if array.dtype == types.int16 else to_bfloat16
-
-
-@njit(inline="always")
-def low(byte: Any) -> Any:
-    """The lower four bits."""
-    return f32(np.uint8(byte & np.uint8(15)))
-
-
-@njit(inline="always")
-def high(byte: Any) -> Any:
-    """The upper four bits."""
-    return f32(np.uint8(byte >> np.uint8(4)))
-
-
 @inner
 def _floats(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
-    # weight (out, in). One row of x goes through each row of it; several go two at a time through
-    # four, so that neither is read too often.
+    # weight (out, in). Rows of x go two at a time through four rows of it, so that neither is read
+    # too often; but one or two of them go alone first, as memory is read the fastest so. With many
+    # rows of x against half precision, the next four rows of it are fetched meanwhile instead.
     bsz, n_in = x.shape
-    pairs = bsz - bsz % 2
     start, stop = thread * len(weight) // threads, (thread + 1) * len(weight) // threads
-    fours = stop - (stop - start) % 4 if pairs else start
-    for i in range(start, fours, 4):
-        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-        for m in range(0, pairs, 2):
+    flat, line = weight.reshape(weight.size), 64 // weight.itemsize
+    ahead = bsz >= 6 and weight.itemsize == 2
+    for i in range(start, stop, 4):
+        end = min(i + 4, stop)
+        alone = bsz if end - i < 4 else bsz % 2 if ahead else 2 - bsz % 2
+        for m in range(alone):
+            for k in range(i, end):
+                row, xm, total = weight[k], x[m], f32(0)
+                for j in range(n_in):
+                    total += widen(row[j]) * xm[j]
+                y[m, k] = total
+        for m in range(alone, bsz, 2):
+            if ahead:
+                share = 4 * n_in * m // bsz, 4 * n_in * (m + 2) // bsz
+                for j in range((i + 4) * n_in + share[0], (i + 4) * n_in + share[1], line):
+                    prefetch(flat, j)  # type: ignore[call-arg]
+            w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
             x0, x1 = x[m], x[m + 1]
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0)
             for j in range(n_in):
@@ -131,23 +75,17 @@ def _floats(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
             y[m, i], y[m, i + 1], y[m, i + 2], y[m, i + 3] = a0, a1, a2, a3
             y[m + 1, i], y[m + 1, i + 1] = b0, b1
             y[m + 1, i + 2], y[m + 1, i + 3] = b2, b3
-    for i in range(start, stop):
-        row = weight[i]
-        for m in range(pairs if i < fours else 0, bsz):
-            xm, total = x[m], f32(0)
-            for j in range(n_in):
-                total += widen(row[j]) * xm[j]
-            y[m, i] = total
 
 
 @inner
 def _bytes(numbers, scales, x, y, thread, threads):  # type: ignore[no-untyped-def]
-    # numbers (tiles, groups, group / 8, 8, rows of a tile) int8, scales (tiles, groups, rows)
+    # numbers (tiles, groups, group / 8, 8, rows of a tile) int8, scales (tiles, groups, rows). Rows
+    # of x go through a tile one by one; more than three of them through _bytes_by_four.
     tiles, groups, eights, _, rows = numbers.shape
     by_group, tiled = x.reshape(len(x), groups, eights, 8), y.reshape(len(y), tiles, rows)
     part = np.empty(rows, f32)
     for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
-        for m in range(len(x)):
+        for m in range(len(x) // 4 * 4, len(x)):
             total = tiled[m, tile]
             total[:] = f32(0)
             for group in range(groups):
@@ -168,14 +106,56 @@ def _bytes(numbers, scales, x, y, thread, threads):  # type: ignore[no-untyped-d
 
 
 @inner
+def _bytes_by_four(numbers, scales, x, y, thread, threads):  # type: ignore[no-untyped-def]
+    # so that a number is widened once for four rows of x; four inputs at a time, as all that they
+    # take fits into a CPU's registers
+    tiles, groups, eights, _, rows = numbers.shape
+    by_group, tiled = x.reshape(len(x), groups, eights, 8), y.reshape(len(y), tiles, rows)
+    # an array each: of one for all, the compiler would not know that they do not overlap
+    p0, p1 = np.empty(rows, f32), np.empty(rows, f32)
+    p2, p3 = np.empty(rows, f32), np.empty(rows, f32)
+    for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
+        for m in range(0, len(x) // 4 * 4, 4):
+            tiled[m : m + 4, tile] = f32(0)
+            t0, t1, t2, t3 = (
+                tiled[m, tile],
+                tiled[m + 1, tile],
+                tiled[m + 2, tile],
+                tiled[m + 3, tile],
+            )
+            for group in range(groups):
+                p0[:], p1[:], p2[:], p3[:] = f32(0), f32(0), f32(0), f32(0)
+                for k in range(eights):
+                    w, v = numbers[tile, group, k], by_group[m : m + 4, group, k]
+                    for i in range(0, 8, 4):
+                        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
+                        a0, a1, a2, a3 = v[0, i], v[0, i + 1], v[0, i + 2], v[0, i + 3]
+                        b0, b1, b2, b3 = v[1, i], v[1, i + 1], v[1, i + 2], v[1, i + 3]
+                        c0, c1, c2, c3 = v[2, i], v[2, i + 1], v[2, i + 2], v[2, i + 3]
+                        d0, d1, d2, d3 = v[3, i], v[3, i + 1], v[3, i + 2], v[3, i + 3]
+                        for r in range(rows):
+                            n0, n1, n2, n3 = f32(w0[r]), f32(w1[r]), f32(w2[r]), f32(w3[r])
+                            p0[r] += (n0 * a0 + n1 * a1) + (n2 * a2 + n3 * a3)
+                            p1[r] += (n0 * b0 + n1 * b1) + (n2 * b2 + n3 * b3)
+                            p2[r] += (n0 * c0 + n1 * c1) + (n2 * c2 + n3 * c3)
+                            p3[r] += (n0 * d0 + n1 * d1) + (n2 * d2 + n3 * d3)
+                for r in range(rows):
+                    scale = widen(scales[tile, group, r])
+                    t0[r] += p0[r] * scale
+                    t1[r] += p1[r] * scale
+                    t2[r] += p2[r] * scale
+                    t3[r] += p3[r] * scale
+
+
+@inner
 def _nibbles(numbers, scales, zeros, x, y, thread, threads):  # type: ignore[no-untyped-def]
-    # as above (one function for both took twice as long), but numbers (tiles, groups, group / 8, 4,
-    # rows) uint8 are of two inputs each, and zeros (tiles, groups, rows) int8 are in eighths
+    # as _bytes (one function for both took twice as long), but numbers (tiles, groups, group / 8,
+    # 4, rows) uint8 are of two inputs each, and zeros (tiles, groups, rows) int8 are in eighths
     tiles, groups, eights, _, rows = numbers.shape
     by_group, tiled = x.reshape(len(x), groups, eights, 8), y.reshape(len(y), tiles, rows)
     part = np.empty(rows, f32)
     for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
-        for m in range(len(x)):
+        for m in range(len(x) // 4 * 4, len(x)):
             total = tiled[m, tile]
             total[:] = f32(0)
             for group in range(groups):
@@ -197,6 +177,52 @@ def _nibbles(numbers, scales, zeros, x, y, thread, threads):  # type: ignore[no-
                 for r in range(rows):
                     shifted = part[r] - f32(zeros[tile, group, r]) * eighth
                     total[r] += shifted * widen(scales[tile, group, r])
+
+
+@inner
+def _nibbles_by_four(numbers, scales, zeros, x, y, thread, threads):  # type: ignore[no-untyped-def]
+    # as _bytes_by_four
+    tiles, groups, eights, _, rows = numbers.shape
+    by_group, tiled = x.reshape(len(x), groups, eights, 8), y.reshape(len(y), tiles, rows)
+    p0, p1 = np.empty(rows, f32), np.empty(rows, f32)
+    p2, p3 = np.empty(rows, f32), np.empty(rows, f32)
+    for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
+        for m in range(0, len(x) // 4 * 4, 4):
+            tiled[m : m + 4, tile] = f32(0)
+            t0, t1, t2, t3 = (
+                tiled[m, tile],
+                tiled[m + 1, tile],
+                tiled[m + 2, tile],
+                tiled[m + 3, tile],
+            )
+            for group in range(groups):
+                p0[:], p1[:], p2[:], p3[:] = f32(0), f32(0), f32(0), f32(0)
+                a = b = c = d = f32(0)
+                for k in range(eights):
+                    w, v = numbers[tile, group, k], by_group[m : m + 4, group, k]
+                    for i in range(0, 8, 4):
+                        w0, w1 = w[i // 2], w[i // 2 + 1]
+                        a0, a1, a2, a3 = v[0, i], v[0, i + 1], v[0, i + 2], v[0, i + 3]
+                        b0, b1, b2, b3 = v[1, i], v[1, i + 1], v[1, i + 2], v[1, i + 3]
+                        c0, c1, c2, c3 = v[2, i], v[2, i + 1], v[2, i + 2], v[2, i + 3]
+                        d0, d1, d2, d3 = v[3, i], v[3, i + 1], v[3, i + 2], v[3, i + 3]
+                        a += a0 + a1 + a2 + a3
+                        b += b0 + b1 + b2 + b3
+                        c += c0 + c1 + c2 + c3
+                        d += d0 + d1 + d2 + d3
+                        for r in range(rows):
+                            n0, n1, n2, n3 = low(w0[r]), high(w0[r]), low(w1[r]), high(w1[r])
+                            p0[r] += (n0 * a0 + n1 * a1) + (n2 * a2 + n3 * a3)
+                            p1[r] += (n0 * b0 + n1 * b1) + (n2 * b2 + n3 * b3)
+                            p2[r] += (n0 * c0 + n1 * c1) + (n2 * c2 + n3 * c3)
+                            p3[r] += (n0 * d0 + n1 * d1) + (n2 * d2 + n3 * d3)
+                for r in range(rows):
+                    scale = widen(scales[tile, group, r])
+                    zero = f32(zeros[tile, group, r]) * f32(0.125)
+                    t0[r] += (p0[r] - zero * a) * scale
+                    t1[r] += (p1[r] - zero * b) * scale
+                    t2[r] += (p2[r] - zero * c) * scale
+                    t3[r] += (p3[r] - zero * d) * scale
 
 
 def steps_of(weight: Any, tile: Any, group: Any, k: Any, q: Any, r: Any) -> Any:
@@ -221,108 +247,23 @@ def multiply(weight: Any, x: Any, y: Any, thread: Any, threads: Any) -> None:
 def _(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
     if len(weight) == 1:
         return lambda weight, x, y, thread, threads: _floats(weight[0], x, y, thread, threads)
-    if len(weight) == 2:
-        return lambda weight, x, y, thread, threads: _bytes(
-            weight[0], weight[1], x, y, thread, threads
-        )
-    return lambda weight, x, y, thread, threads: _nibbles(
-        weight[0], weight[1], weight[2], x, y, thread, threads
-    )
 
+    def bytes_(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
+        _bytes_by_four(weight[0], weight[1], x, y, thread, threads)
+        _bytes(weight[0], weight[1], x, y, thread, threads)
 
-@inner
-def _normalised(x, weight, eps):  # type: ignore[no-untyped-def]
-    y = np.empty_like(x)
-    for m in range(len(x)):
-        total = f32(0)
-        for j in range(x.shape[1]):
-            total += x[m, j] * x[m, j]
-        factor = f32(1) / np.sqrt(total / f32(x.shape[1]) + f32(eps))
-        for j in range(x.shape[1]):
-            y[m, j] = x[m, j] * factor * weight[j]
-    return y
+    def nibbles(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
+        _nibbles_by_four(weight[0], weight[1], weight[2], x, y, thread, threads)
+        _nibbles(weight[0], weight[1], weight[2], x, y, thread, threads)
 
-
-@inner
-def _rotate(x, freqs, y):  # type: ignore[no-untyped-def]
-    # each pair of x (head_dim,) by the angle of which freqs (head_dim / 2, 2) are cosine and sine
-    for i in range(len(freqs)):
-        cos, sin, a, b = freqs[i, 0], freqs[i, 1], x[2 * i], x[2 * i + 1]
-        put(y, 2 * i, a * cos - b * sin)
-        put(y, 2 * i + 1, a * sin + b * cos)
-
-
-@inner
-def _attend(query, keys, values, scores, out):  # type: ignore[no-untyped-def]
-    # query, out (head_dim,), keys and values (length, head_dim), scores (length,)
-    highest, weights = f32(-np.inf), f32(0)
-    for t in range(len(keys)):
-        key, score = keys[t], f32(0)
-        for i in range(len(query)):
-            score += query[i] * widen(key[i])
-        scores[t] = score * f32(len(query) ** -0.5)
-        if not scores[t] <= highest:  # NaN stays the highest, and makes all of the output NaN
-            highest = scores[t]
-    out[:] = f32(0)
-    for t in range(len(keys)):
-        weight, value = np.exp(scores[t] - highest), values[t]
-        weights += weight
-        for i in range(len(query)):
-            out[i] += weight * widen(value[i])
-    for i in range(len(query)):
-        out[i] /= weights
+    return bytes_ if len(weight) == 2 else nibbles
 
 
 @kernel
-def _product(weight, x, y, threads):  # type: ignore[no-untyped-def]
+def product(weight, x, y, threads):  # type: ignore[no-untyped-def]
+    """Write x (bsz, in) times the transpose of a weight, as arrays() has it, to y (bsz, out)."""
     for thread in prange(threads):
         multiply(weight, x, y, thread, threads)
-
-
-@kernel
-def attention(h, norm, wq, wk, wv, wo, n_heads, keys, values, freqs, starts, out, eps, threads):  # type: ignore[no-untyped-def]
-    """Add one token a row to the cache, and attend to all of its row that is in there.
-
-    h (bsz, dim); norm (dim,); wq, wk, wv, wo as arrays() gives them; keys and values of the cache
-    (at least bsz, max_len, n_kv_heads, head_dim); freqs (bsz, head_dim / 2, 2): cosines and sines;
-    starts (bsz,): where a row's token goes; out (bsz, dim): what wo gives, to be summed over ranks.
-    """
-    bsz, n_kv_heads, head_dim = len(h), keys.shape[2], keys.shape[3]
-    group, total, x = n_heads // n_kv_heads, bsz * n_heads, _normalised(h, norm, eps)
-    xq, xk = np.empty((bsz, n_heads * head_dim), f32), np.empty((bsz, n_kv_heads * head_dim), f32)
-    xv, output = np.empty_like(xk), np.empty_like(xq)
-    _product(wq, x, xq, threads)
-    _product(wk, x, xk, threads)
-    _product(wv, x, xv, threads)
-    for row in range(bsz):
-        for head in range(n_kv_heads):
-            part, end = slice(head * head_dim, (head + 1) * head_dim), starts[row]
-            _rotate(xk[row, part], freqs[row], keys[row, end, head])
-            for i in range(head_dim):
-                put(values[row, end, head], i, xv[row, head * head_dim + i])
-    for thread in prange(threads):
-        query, scores = np.empty(head_dim, f32), np.empty(keys.shape[1], f32)
-        for which in range(thread * total // threads, (thread + 1) * total // threads):
-            row, head = which // n_heads, which % n_heads
-            part, end = slice(head * head_dim, (head + 1) * head_dim), starts[row] + 1
-            _rotate(xq[row, part], freqs[row], query)
-            kv = head // group
-            _attend(query, keys[row, :end, kv], values[row, :end, kv], scores, output[row, part])
-    _product(wo, output, out, threads)
-
-
-@kernel
-def feed_forward(h, norm, w1, w2, w3, hidden_dim, out, eps, threads):  # type: ignore[no-untyped-def]
-    """Leave in out (bsz, dim) what w2 gives (SwiGLU), to be summed over ranks; else as above."""
-    x = _normalised(h, norm, eps)
-    gate, up = np.empty((len(h), hidden_dim), f32), np.empty((len(h), hidden_dim), f32)
-    _product(w1, x, gate, threads)
-    _product(w3, x, up, threads)
-    for thread in prange(threads):
-        for m in range(len(h)):
-            for i in range(thread * hidden_dim // threads, (thread + 1) * hidden_dim // threads):
-                gate[m, i] *= up[m, i] / (f32(1) + np.exp(-gate[m, i]))
-    _product(w2, gate, out, threads)
 
 
 def of_rows(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
@@ -332,7 +273,7 @@ def of_rows(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Te
     """
     rows = x.float().numpy().reshape(-1, x.shape[-1])
     y = np.empty((len(rows), len(weight)), f32)
-    _product(arrays(weight), rows, y, n_threads())
+    product(arrays(weight), rows, y, n_threads())
     return torch.from_numpy(y.reshape(*x.shape[:-1], -1)).to(x.dtype)
 
 
@@ -381,20 +322,3 @@ def arrays(weight: torch.Tensor | QuantizedWeight) -> tuple[np.ndarray, ...]:
         zeros = [weight.zeros] if weight.bits == 4 else []
         return tuple(map(array, (weight.numbers, weight.scales, *zeros)))
     return (array(weight),)
-
-
-def compile_all() -> None:
-    """Compile what steps need with every kind of weight, where this was not done here before."""
-    ones = torch.ones(64, 64)
-    floats = [ones.to(dtype) for dtype in ARRAYS]
-    pairs: list = [(weight, [weight]) for weight in floats]  # a weight, and what caches go with it
-    pairs += [(QuantizedWeight(pack(ones, bits, 32), bits, 64), floats) for bits in (8, 4)]
-    h, freqs, starts = ones.numpy()[:1], np.ones((1, 32, 2), f32), np.zeros(1, int)
-    for weight, caches in pairs:
-        w = arrays(weight)
-        if isinstance(weight, QuantizedWeight):
-            unpack(weight, slice(0, 64))
-        feed_forward(h, h[0], w, w, w, 64, h.copy(), 1e-5, 1)
-        for cached in caches:
-            kv = array(cached.view(64, 1, 1, 64))
-            attention(h, h[0], w, w, w, w, 1, kv, kv, freqs, starts, h.copy(), 1e-5, 1)

@@ -8,7 +8,7 @@ import torch
 from conftest import make_params
 from random_model import random_source
 
-from llama import layers, parallel
+from llama import parallel
 from llama.cache import KVCache
 from llama.checkpoint.quantized import quantized
 from llama.decoder import Decoder
@@ -41,7 +41,7 @@ def steps_of(model, bsz: int, read) -> list[torch.Tensor]:
 
 
 def by_kernels(model, cache):
-    return Decoder(layers.kernels(), model, cache).hidden_states
+    return Decoder(model, cache).hidden_states
 
 
 def by_forward(model, cache):
@@ -52,7 +52,7 @@ def by_forward(model, cache):
     return step
 
 
-@pytest.mark.parametrize("bsz", [1, 2, 8])
+@pytest.mark.parametrize("bsz", [1, 2, 3, 5, 7, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_give_the_states_and_the_cache_of_forward(kind, bsz):
     model = build(kind)
@@ -77,10 +77,10 @@ def test_what_is_not_finite_reaches_the_states(kind, name, broken):
 
 
 def test_halves_are_rounded_to_the_nearest_even_number():
-    kernels = layers.kernels()
-    put = kernels.put
+    from llama.intrinsics import put
+    from llama.kernels import array, inner
 
-    @kernels.inner
+    @inner
     def written(numbers, bits):
         for i in range(len(numbers)):
             put(bits, i, numbers[i])
@@ -91,7 +91,7 @@ def test_halves_are_rounded_to_the_nearest_even_number():
     numbers = torch.cat((torch.tensor(some), any_bits.view(torch.float32)))
     for dtype in (torch.bfloat16, torch.float16):
         result = torch.empty(len(numbers), dtype=dtype)
-        written(numbers.numpy(), kernels.array(result))
+        written(numbers.numpy(), array(result))
         torch.testing.assert_close(result, numbers.to(dtype), atol=0, rtol=0, equal_nan=True)
 
 
