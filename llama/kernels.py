@@ -1,8 +1,7 @@
-"""A token's products and attention on a CPU, compiled by numba where it is installed.
+"""Products of a few rows on a CPU, compiled by numba where it is installed.
 
 torch's own read a float32 weight at two thirds of the speed of memory, those of 8 and 4 bits at a
-tenth, and a step is made of many calls of microseconds. These read weights at the speed of memory,
-compute in float32, and do in one call what lies between two sums over ranks: see Decoder.
+tenth. These read weights at the speed of memory, and compute in float32.
 """
 
 import os
@@ -43,7 +42,6 @@ def _floats(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
     # rows of x against half precision, the next four rows of it are fetched meanwhile instead.
     bsz, n_in = x.shape
     start, stop = thread * len(weight) // threads, (thread + 1) * len(weight) // threads
-    flat, line = weight.reshape(weight.size), 64 // weight.itemsize
     ahead = bsz >= 6 and weight.itemsize == 2
     for i in range(start, stop, 4):
         end = min(i + 4, stop)
@@ -56,9 +54,10 @@ def _floats(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
                 y[m, k] = total
         for m in range(alone, bsz, 2):
             if ahead:
-                share = 4 * n_in * m // bsz, 4 * n_in * (m + 2) // bsz
-                for j in range((i + 4) * n_in + share[0], (i + 4) * n_in + share[1], line):
-                    prefetch(flat, j)  # type: ignore[call-arg]
+                for k in range(end + 4 * m // bsz, end + 4 * (m + 2) // bsz):
+                    row = weight[k]
+                    for j in range(0, n_in, 64 // weight.itemsize):
+                        prefetch(row, j)  # type: ignore[call-arg]
             w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
             x0, x1 = x[m], x[m + 1]
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = f32(0)

@@ -1,5 +1,6 @@
-"""A step's attention and feed-forward on a CPU, each a call of kernels: see Decoder.
+"""A step's attention and feed-forward on a CPU, each in one call: see Decoder.
 
+A step is made of many calls of microseconds: each does all that lies between two sums over ranks.
 numba keeps what it has compiled until this file changes, whatever changes in kernels.py: save this
 one too.
 """
