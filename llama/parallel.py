@@ -62,6 +62,8 @@ def setup(tensor_parallel: int | None = None) -> torch.device:
             _store, rank, size = dist.HashStore(), 0, 1
         _check_alike(_store, rank, size)
         backend = "nccl" if _device.type == "cuda" else "gloo"
+        if backend == "gloo":
+            _check_network()
         # Given the card, nccl connects now, and fails now.
         card = _device if _device.type == "cuda" else None
         group = {"store": _store, "rank": rank, "world_size": size, "timeout": _timeout()}
@@ -125,6 +127,17 @@ def _check_alike(store: dist.Store, rank: int, size: int) -> None:
         raise ValueError(
             f"ranks on cards and on CPUs cannot work together. {each}. Give every machine as many "
             "cards as ranks, or hide all cards with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def _check_network() -> None:
+    """Raise ValueError where gloo is told to use a network that this machine does not have."""
+    here = [name for _, name in socket.if_nameindex()]
+    given = os.environ.get("GLOO_SOCKET_IFNAME")
+    if given and not set(given.split(",")) <= set(here):
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME={given}: {socket.gethostname()} has no such network; its networks "
+            f"are {', '.join(here)}"
         )
 
 

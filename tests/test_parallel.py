@@ -86,6 +86,14 @@ def test_a_timeout_that_is_none_is_told(monkeypatch, given):
         parallel._timeout()
 
 
+def test_a_network_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    parallel._check_network()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth9")
+    with pytest.raises(ValueError, match=r"=lo,eth9: .* has no such network; .* are .*\blo\b"):
+        parallel._check_network()
+
+
 def test_a_rank_that_waits_says_for_whom(tmp_path):
     result = run_program(tmp_path, 3, programs.come_late)
     assert (result.returncode, result.stdout) == (0, '"met"\n')
