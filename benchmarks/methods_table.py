@@ -57,7 +57,7 @@ def print_table(ways: dict[tuple, list[dict]]) -> None:
 
 
 def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
-    """Draw the test losses of PEFT's ways, and of all with several seeds.
+    """Draw the test losses of the ways with several seeds, each at its best learning rate.
 
     A dot is a seed, a line their mean.
     """
@@ -65,22 +65,26 @@ def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rcParams["svg.hashsalt"], rcParams["svg.fonttype"] = "llama", "none"  # the same file each time
-    shown = {key: runs for key, runs in ways.items() if len(runs) > 1 or key[1] in NAMES}
+    shown = {key: [last_loss(run) for run in ways[key]] for key in ways if len(ways[key]) > 1}
     if not shown:
         raise ValueError("--picture: no way in the file has several seeds")
+    rate = WAY.index("lr")
+    at_best: dict[tuple, tuple] = {}
+    for key in sorted(shown, key=lambda key: statistics.mean(shown[key])):
+        at_best.setdefault(key[:rate] + key[rate + 1 :], key)
     datasets = sorted({key[0] for key in shown})
     figure = Figure(figsize=(9.2, 3.2), layout="constrained")
     panels = figure.subplots(1, len(datasets), squeeze=False)[0]
     for panel, dataset in zip(panels, datasets):
-        mine = {key: [last_loss(run) for run in shown[key]] for key in shown if key[0] == dataset}
-        best = sorted(mine, key=lambda key: statistics.mean(mine[key]))
+        best = [key for key in at_best.values() if key[0] == dataset]
         for place, key in enumerate(best):
             colour = "#c8641e" if key[1].startswith("peft") else "#2b6ca3"
-            panel.plot([place] * len(mine[key]), mine[key], "o", color=colour, alpha=0.6)
-            mean = statistics.mean(mine[key])
+            panel.plot([place] * len(shown[key]), shown[key], "o", color=colour, alpha=0.6)
+            mean = statistics.mean(shown[key])
             panel.plot([place - 0.3, place + 0.3], [mean, mean], color=colour)
-        names = [f"{NAMES.get(key[1], key[1])}\nfrom {key[2]}" for key in best]
-        panel.set_xticks(range(len(best)), names)
+        steps = WAY.index("steps")
+        names = [f"{NAMES.get(x[1], x[1])}\nfrom {x[2]}\n{x[steps]} steps" for x in best]
+        panel.set_xticks(range(len(best)), names, fontsize=8)
         panel.set_title(f"{dataset}.json", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(bottom=0 if dataset == "appointments" else None)
