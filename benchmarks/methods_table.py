@@ -43,6 +43,12 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+def name_of(way: tuple) -> str:
+    """How the picture names a method and what its prompts start from."""
+    start = "" if way[2] == "random" else f"\nfrom {way[2]}"
+    return NAMES.get(way[1], way[1]) + start
+
+
 def print_table(ways: dict[tuple, list[dict]]) -> None:
     """Print a line of Markdown for each way."""
     print("| dataset | method | from | length | rate | steps | rows | seeds | test loss | right |")
@@ -83,7 +89,7 @@ def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
             mean = statistics.mean(shown[key])
             panel.plot([place - 0.3, place + 0.3], [mean, mean], color=colour)
         steps = WAY.index("steps")
-        names = [f"{NAMES.get(x[1], x[1])}\nfrom {x[2]}\n{x[steps]} steps" for x in best]
+        names = [f"{name_of(x)}\n{x[steps]} steps" for x in best]
         panel.set_xticks(range(len(best)), names, fontsize=8)
         panel.set_title(f"{dataset}.json", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
