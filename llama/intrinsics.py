@@ -1,7 +1,7 @@
 """What numba lacks: half precision, numbers of four bits, and fetching from memory ahead of need.
 
-For kernels.py alone, which sets numba up before. numba keeps what it has compiled until kernels.py
-changes, whatever changes here: save that too.
+For kernels.py, which sets numba up before, and step.py. numba keeps what it has compiled of those
+until they change, whatever changes here: save them too.
 """
 
 from typing import Any
