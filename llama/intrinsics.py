@@ -1,18 +1,61 @@
-"""What numba lacks: half precision, numbers of four bits, and fetching from memory ahead of need.
+"""numba, set up for the kernels, and what it lacks: half precision, four bits, fetching ahead.
 
-For kernels.py, which sets numba up before, and step.py. numba keeps what it has compiled of those
-until they change, whatever changes here: save them too.
+kernels.py and step.py take numba from here, so that nothing starts it before.
 """
 
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+import torch
+
+# Each product wakes all threads of numba's pool: idle ones took a hundred times as long as it.
+if "numba" not in sys.modules:  # else they may have begun
+    os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
+import numba
+from llvmlite import binding, ir
 from numba import njit, types
+from numba import prange as prange
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # the threads of torch: others would wait for these
+if (flags := binding.get_host_cpu_features()).get("sse2") and not flags.get("f16c"):
+    raise ImportError("this CPU does not convert float16 by itself")
+
 f32 = np.float32
+HERE = Path(__file__).parent
+# Sums in any order, so that they are vectors'; but NaN stays NaN.
+FASTMATH = {"reassoc", "contract", "nsz"}
+SOURCES = ("intrinsics.py", "kernels.py", "step.py")
+STAMP = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+
+
+def compiled(parallel: bool) -> Callable[[Callable], Any]:
+    """Make a decorator that compiles a function when it is wanted, once on a machine.
+
+    numba would keep what a function became until its own file changes, whatever those change that
+    it calls: so each state of the sources has a folder of its own.
+    """
+
+    def decorate(function: Callable) -> Any:
+        config: Any = numba.config
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(Path(before or HERE / "__pycache__") / f"kernels-{STAMP}")
+        try:
+            return njit(cache=True, fastmath=FASTMATH, parallel=parallel)(function)
+        finally:
+            config.CACHE_DIR = before
+
+    return decorate
+
+
+inner, kernel = compiled(parallel=False), compiled(parallel=True)
 
 # Functions of a docstring alone are compiled as the @overload below them says.
 

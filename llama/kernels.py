@@ -4,32 +4,24 @@ torch's own read a float32 weight at two thirds of the speed of memory, those of
 tenth. These read weights at the speed of memory, and compute in float32.
 """
 
-import os
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 
-# Each product wakes all threads of numba's pool: idle ones took a hundred times as long as it.
-if "numba" not in sys.modules:  # else they may have begun
-    os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
-import numba
-from llvmlite import binding
-from numba import njit, prange
-from numba.extending import overload
-
-from llama.intrinsics import f32, high, low, prefetch, widen
+from llama.intrinsics import (
+    MOST_THREADS,
+    f32,
+    high,
+    inner,
+    kernel,
+    low,
+    overload,
+    prange,
+    prefetch,
+    widen,
+)
 from llama.quantize import QuantizedWeight
-
-MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-# Sums in any order, so that they are vectors'; but NaN stays NaN.
-FASTMATH = {"reassoc", "contract", "nsz"}
-inner = njit(cache=True, fastmath=FASTMATH)
-kernel = njit(parallel=True, cache=True, fastmath=FASTMATH)
-numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]  # the threads of torch: others would wait for these
-if (flags := binding.get_host_cpu_features()).get("sse2") and not flags.get("f16c"):
-    raise ImportError("this CPU does not convert float16 by itself")
 
 # numba has neither half precision: of bfloat16 it is given the bits as uint16, of float16 as int16.
 ARRAYS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
@@ -45,7 +37,7 @@ def _floats(weight, x, y, thread, threads):  # type: ignore[no-untyped-def]
     ahead = bsz >= 6 and weight.itemsize == 2
     for i in range(start, stop, 4):
         end = min(i + 4, stop)
-        alone = bsz if end - i < 4 else bsz % 2 if ahead else 2 - bsz % 2
+        alone = bsz if end - i < 4 else bsz % 2 if ahead else min(bsz, 2 - bsz % 2)
         for m in range(alone):
             for k in range(i, end):
                 row, xm, total = weight[k], x[m], f32(0)
@@ -222,6 +214,9 @@ def _nibbles_by_four(numbers, scales, zeros, x, y, thread, threads):  # type: ig
                     t1[r] += (p1[r] - zero * b) * scale
                     t2[r] += (p2[r] - zero * c) * scale
                     t3[r] += (p3[r] - zero * d) * scale
+
+
+# Functions of a docstring alone are compiled as the @overload below them says.
 
 
 def steps_of(weight: Any, tile: Any, group: Any, k: Any, q: Any, r: Any) -> Any:

@@ -1,16 +1,13 @@
 """A step's attention and feed-forward on a CPU, each in one call: see Decoder.
 
 A step is made of many calls of microseconds: each does all that lies between two sums over ranks.
-numba keeps what it has compiled until this file changes, whatever changes in kernels.py: save this
-one too.
 """
 
 import numpy as np
 import torch
-from numba import prange
 
-from llama.intrinsics import f32, put, widen
-from llama.kernels import ARRAYS, array, arrays, inner, kernel, product, unpack
+from llama.intrinsics import f32, inner, kernel, prange, put, widen
+from llama.kernels import ARRAYS, array, arrays, product, unpack
 from llama.quantize import QuantizedWeight, pack
 
 
@@ -58,11 +55,11 @@ def _attend(query, keys, values, scores, out):  # type: ignore[no-untyped-def]
     highest, weights, scale = f32(-np.inf), f32(0), f32(len(query) ** -0.5)
     for t in range(length):
         scores[t] *= scale
-        if not scores[t] <= highest:  # NaN stays the highest, and makes all of the output NaN
+        if scores[t] > highest:
             highest = scores[t]
     for t in range(length):
         scores[t] = np.exp(scores[t] - highest)
-        weights += scores[t]
+        weights += scores[t]  # NaN if any score is, and so is then all of the output
     out[:] = f32(0)
     for t in range(0, fours, 4):
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
@@ -114,7 +111,11 @@ def attention(h, norm, wq, wk, wv, wo, n_heads, keys, values, freqs, starts, out
 
 @kernel
 def feed_forward(h, norm, w1, w2, w3, hidden_dim, out, eps, threads):  # type: ignore[no-untyped-def]
-    """Leave in out (bsz, dim) what w2 gives (SwiGLU), to be summed over ranks; else as above."""
+    """Leave in out (bsz, dim) what w2 gives (SwiGLU), to be summed over ranks.
+
+    h (bsz, dim); norm (dim,); w1, w2, w3 as arrays() gives them; hidden_dim: this rank's part of
+    the FFN, the rows of w1 and w3.
+    """
     x = _normalised(h, norm, eps)
     gate, up = np.empty((len(h), hidden_dim), f32), np.empty((len(h), hidden_dim), f32)
     product(w1, x, gate, threads)

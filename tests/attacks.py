@@ -35,7 +35,7 @@ from victims import HANG, KINDS, Files, Kind
 from llama import cli, tokenizer
 
 with contextlib.suppress(ImportError):  # once, and not by each process that is forked
-    import llama.kernels  # noqa: F401
+    import llama.step  # noqa: F401
 
 MEMORY = 1 << 30  # bytes of address space above what the process has when an attempt begins
 FAULTS = ("traceback", "hang", "abort", "memory", "changed")

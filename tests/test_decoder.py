@@ -52,7 +52,7 @@ def by_forward(model, cache):
     return step
 
 
-@pytest.mark.parametrize("bsz", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("bsz", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_give_the_states_and_the_cache_of_forward(kind, bsz):
     model = build(kind)
@@ -76,9 +76,22 @@ def test_what_is_not_finite_reaches_the_states(kind, name, broken):
     assert not steps_of(model, 1, by_kernels)[2].isfinite().all()
 
 
+@pytest.mark.parametrize("position", [1, 8])  # of nine: one of four, and the one left over
+@pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
+def test_one_position_that_is_not_finite_reaches_the_states(position, which):
+    model = build("float32")
+    cache = KVCache(model, 1, 12)
+    step = by_kernels(model, cache)
+    for start in range(8):
+        step([start], [start])
+    assert step([8], [8]).isfinite().all()
+    cache.layers[0][which, 0, position] = float("nan")
+    assert not step([9], [9]).isfinite().any()
+
+
 def test_halves_are_rounded_to_the_nearest_even_number():
-    from llama.intrinsics import put
-    from llama.kernels import array, inner
+    from llama.intrinsics import inner, put
+    from llama.kernels import array
 
     @inner
     def written(numbers, bits):
