@@ -109,12 +109,8 @@ def _bytes_by_four(numbers, scales, x, y, thread, threads):  # type: ignore[no-u
     for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
         for m in range(0, len(x) // 4 * 4, 4):
             tiled[m : m + 4, tile] = f32(0)
-            t0, t1, t2, t3 = (
-                tiled[m, tile],
-                tiled[m + 1, tile],
-                tiled[m + 2, tile],
-                tiled[m + 3, tile],
-            )
+            t0, t1 = tiled[m, tile], tiled[m + 1, tile]
+            t2, t3 = tiled[m + 2, tile], tiled[m + 3, tile]
             for group in range(groups):
                 p0[:], p1[:], p2[:], p3[:] = f32(0), f32(0), f32(0), f32(0)
                 for k in range(eights):
@@ -181,12 +177,8 @@ def _nibbles_by_four(numbers, scales, zeros, x, y, thread, threads):  # type: ig
     for tile in range(thread * tiles // threads, (thread + 1) * tiles // threads):
         for m in range(0, len(x) // 4 * 4, 4):
             tiled[m : m + 4, tile] = f32(0)
-            t0, t1, t2, t3 = (
-                tiled[m, tile],
-                tiled[m + 1, tile],
-                tiled[m + 2, tile],
-                tiled[m + 3, tile],
-            )
+            t0, t1 = tiled[m, tile], tiled[m + 1, tile]
+            t2, t3 = tiled[m + 2, tile], tiled[m + 3, tile]
             for group in range(groups):
                 p0[:], p1[:], p2[:], p3[:] = f32(0), f32(0), f32(0), f32(0)
                 a = b = c = d = f32(0)

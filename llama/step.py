@@ -65,11 +65,8 @@ def _attend(query, keys, values, scores, out):  # type: ignore[no-untyped-def]
         v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
         s0, s1, s2, s3 = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
         for i in range(len(out)):
-            first, last = (
-                s0 * widen(v0[i]) + s1 * widen(v1[i]),
-                s2 * widen(v2[i]) + s3 * widen(v3[i]),
-            )
-            out[i] += first + last
+            first = s0 * widen(v0[i]) + s1 * widen(v1[i])
+            out[i] += first + (s2 * widen(v2[i]) + s3 * widen(v3[i]))
     for t in range(fours, length):
         for i in range(len(out)):
             out[i] += scores[t] * widen(values[t, i])
