@@ -74,7 +74,7 @@ def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
     shown = {key: [last_loss(run) for run in ways[key]] for key in ways if len(ways[key]) > 1}
     if not shown:
         raise ValueError("--picture: no way in the file has several seeds")
-    rate = WAY.index("lr")
+    rate, steps = WAY.index("lr"), WAY.index("steps")
     at_best: dict[tuple, tuple] = {}
     for key in sorted(shown, key=lambda key: statistics.mean(shown[key])):
         at_best.setdefault(key[:rate] + key[rate + 1 :], key)
@@ -88,7 +88,6 @@ def draw(ways: dict[tuple, list[dict]], path: Path) -> None:
             panel.plot([place] * len(shown[key]), shown[key], "o", color=colour, alpha=0.6)
             mean = statistics.mean(shown[key])
             panel.plot([place - 0.3, place + 0.3], [mean, mean], color=colour)
-        steps = WAY.index("steps")
         names = [f"{name_of(x)}\n{x[steps]} steps" for x in best]
         panel.set_xticks(range(len(best)), names, fontsize=8)
         panel.set_title(f"{dataset}.json", fontsize=11)

@@ -43,8 +43,8 @@ def setup(tensor_parallel: int | None = None) -> torch.device:
     nccl and one card a rank where there are cards, else gloo on the CPU. tensor_parallel: the ranks
     that one model is split over; None: all. A second call changes nothing. Before anything that may
     ask for cards is imported, as transformers and PEFT are.
-    Raises ValueError when a node has fewer cards than ranks, or only some have any, and for ranks
-    that cannot be shared out so.
+    Raises ValueError when a node has fewer cards than ranks, or only some have any, for ranks that
+    cannot be shared out so, and for a network that gloo is to use and that is not there.
     """
     global _device, _store
     size = world_size()
